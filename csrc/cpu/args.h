@@ -1,0 +1,49 @@
+// What Python hands to the CPU kernel: addresses and numbers, no torch type.
+#pragma once
+#include <cstdint>
+
+enum DlbDtype : int32_t { DLB_FLOAT32, DLB_FLOAT64, DLB_BFLOAT16, DLB_FLOAT16 };
+
+// dlb_fused/native.py packs this struct field by field; see LossArgs in backends.py for what each
+// tensor is. "real" is double for DLB_FLOAT64 logits, else float. A null address is an absent
+// tensor.
+struct DlbArgs {
+  int64_t B, C, overlap, fresh;
+  int64_t logits_stride, last_stride, dlogits_stride;  // of rows, in elements
+  int64_t ignore_index;
+  const void* logits;
+  const int64_t* labels;
+  const void* last_logits;
+  const int64_t* teacher_rows;
+  const int64_t* last_labels;
+  const uint8_t* last_valid;
+  const void* weight;        // real
+  const void* temperatures;  // real; null: `temperature`
+  const void* alphas;        // real; null: `alpha`
+  const void* ce_count;      // real; null: counted here
+  const void* kl_count;      // real; null: counted here
+  const void* grad_scale;    // real
+  void* loss;                // real; null: only the gradient is wanted
+  void* parts;               // (4,) real
+  void* dlogits;             // null: no gradient is wanted; may be `logits`
+  void* next_logits;
+  int64_t* next_labels;
+  uint8_t* next_valid;
+  int64_t* stats;
+  double temperature, alpha, label_smoothing;
+  int32_t dtype, last_dtype;
+  int32_t temperature_step, alpha_step;  // 1: one value a row; 0: one for all
+  int32_t threads;
+  int32_t unused;
+};
+
+constexpr int64_t kDlbDone = -1;
+constexpr int64_t kDlbNoMemory = -2;
+
+// Returns kDlbDone, kDlbNoMemory, or the first row whose label is out of range. Nothing has been
+// written unless it is kDlbDone.
+extern "C" int64_t dlb_cpu_loss(const DlbArgs* args);
+
+// Instruction sets: 0 baseline, 1 x86-64-v3, 2 x86-64-v4. Forces one that this processor has, -1
+// gives the choice back; returns the one in use from now on.
+extern "C" int dlb_cpu_force_level(int level);

@@ -1,0 +1,229 @@
+// The entry point: checks labels, counts rows, chooses the instruction set, runs the rows on
+// torch's own thread pool and adds up the parts in row order.
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "../row_math.h"
+#include "args.h"
+#include "rows.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+constexpr int64_t kStreamBytes = 16 << 20;  // a gradient of this size stays in no cache
+constexpr int64_t kChunkElements = 4096;    // of a row range that one thread takes at a time
+constexpr int64_t kThreadElements = 2048;   // below this one thread is faster
+
+// ---- instruction set ----
+
+#if defined(__x86_64__)
+constexpr DlbRows kLevels[] = {dlb_rows_baseline, dlb_rows_v3, dlb_rows_v4};
+
+// What the operating system saves on a task switch: 0x6 for AVX, 0xe6 for AVX-512 too.
+bool os_saves(uint32_t state) {
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & state) == state;
+}
+
+bool has(uint32_t bits, uint32_t wanted) { return (bits & wanted) == wanted; }
+
+int best_level() {
+  uint32_t eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
+  if (!has(ecx, bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C | bit_MOVBE) || !os_saves(0x6)) return 0;
+  if (!__get_cpuid(0x80000001, &eax, &ebx, &ecx, &edx) || !has(ecx, bit_LZCNT)) return 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
+  if (!has(ebx, bit_AVX2 | bit_BMI | bit_BMI2)) return 0;
+  const uint32_t v4 = bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL;
+  return has(ebx, v4) && os_saves(0xe6) ? 2 : 1;
+}
+#else
+constexpr DlbRows kLevels[] = {dlb_rows_baseline};
+int best_level() { return 0; }
+#endif
+
+std::atomic<int> g_level{-1};
+
+int level() {
+  int chosen = g_level.load(std::memory_order_relaxed);
+  if (chosen < 0) g_level = chosen = best_level();
+  return chosen;
+}
+
+// ---- before the rows ----
+
+int64_t first_bad_label(const DlbArgs& a) {
+  for (int64_t i = 0; i < a.B; ++i)
+    if (dlb_row_valid(a, i) && (a.labels[i] < 0 || a.labels[i] >= a.C)) return i;
+  return -1;
+}
+
+double valid_count(const DlbArgs& a) {
+  double count = 0;
+  for (int64_t i = 0; i < a.B; ++i)
+    if (dlb_row_valid(a, i)) count += a.weight ? dlb_real(a, a.weight, a.labels[i]) : 1;
+  return count;
+}
+
+struct Overlap {
+  int64_t matched = 0, mismatched = 0;
+  bool dropped = false;  // by the guard
+};
+
+Overlap count_overlap(const DlbArgs& a) {
+  Overlap o;
+  for (int64_t i = 0; i < a.overlap; ++i) {
+    const int64_t t = dlb_teacher_row(a, i);
+    if (a.teacher_rows) o.mismatched += a.teacher_rows[i] < 0;
+    if (a.last_labels && t >= 0) o.mismatched += a.last_labels[i] != a.labels[i];
+    o.matched += t >= 0 && dlb_row_valid(a, i);
+  }
+  o.dropped = a.last_labels && o.mismatched > 0;
+  if (o.dropped) o.matched = 0;
+  return o;
+}
+
+double weight_sum(const DlbArgs& a) {
+  if (!a.weight) return double(a.C);
+  if (a.label_smoothing == 0) return 0;  // not asked for
+  double sum = 0;
+  for (int64_t c = 0; c < a.C; ++c) sum += dlb_real(a, a.weight, c);
+  return sum;
+}
+
+// ---- the rows, on several threads ----
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// torch's OpenMP. To link one of our own would put a second pool beside it.
+GompParallel gomp_parallel() {
+  static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
+struct Team {
+  const DlbJob* job;
+  DlbRows rows;
+  int64_t chunk;
+  size_t scratch_bytes;
+  char* scratch;
+  std::atomic<int64_t> next_row{0};
+  std::atomic<int> next_member{0};
+};
+
+// Rows are taken from the front, where the dear ones are; each leaves its parts in its own place,
+// so that it does not matter who takes it.
+void work(void* data) {
+  Team& team = *static_cast<Team*>(data);
+  const int64_t B = team.job->args->B;
+  char* scratch = team.scratch + size_t(team.next_member.fetch_add(1)) * team.scratch_bytes;
+  for (;;) {
+    const int64_t begin = team.next_row.fetch_add(team.chunk, std::memory_order_relaxed);
+    if (begin >= B) return;
+    team.rows(*team.job, begin, begin + team.chunk < B ? begin + team.chunk : B, scratch);
+  }
+}
+
+int team_size(const DlbArgs& a) {
+  if (a.threads <= 1 || a.B * a.C < kThreadElements || !gomp_parallel()) return 1;
+  return a.threads < a.B ? a.threads : int(a.B);
+}
+
+void run_rows(const DlbJob& job, int threads, size_t scratch_bytes, char* scratch) {
+  const int64_t even = (job.args->B + 8 * threads - 1) / (8 * threads);
+  int64_t chunk = 1 + kChunkElements / job.args->C;
+  if (chunk > even) chunk = even;
+  Team team{&job, kLevels[level()], threads == 1 ? job.args->B : chunk, scratch_bytes, scratch};
+  if (threads == 1) {
+    work(&team);
+  } else {
+    gomp_parallel()(work, &team, unsigned(threads), 0);
+  }
+}
+
+// ---- after the rows ----
+
+void put_real(const DlbArgs& a, void* p, int64_t i, double x) {
+  if (a.dtype == DLB_FLOAT64) {
+    static_cast<double*>(p)[i] = x;
+  } else {
+    static_cast<float*>(p)[i] = float(x);
+  }
+}
+
+double mean_of(const double* rows, int64_t n, double inverse) {
+  if (inverse == 0) return 0;
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += rows[i];
+  return sum * inverse;
+}
+
+void put_results(const DlbJob& job, double ce_count, double kl_count) {
+  const DlbArgs& a = *job.args;
+  const double ce = mean_of(job.row_ce, a.B, job.ce_inverse);
+  const double kl = mean_of(job.row_kl, a.overlap, job.kl_inverse);
+  const double parts[4] = {ce, kl, ce_count, kl_count};
+  put_real(a, a.loss, 0, ce + mean_of(job.row_distill, a.overlap, job.kl_inverse));
+  for (int i = 0; i < 4; ++i) put_real(a, a.parts, i, parts[i]);
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+int64_t dlb_cpu_loss(const DlbArgs* args) {
+  const DlbArgs& a = *args;
+  const int64_t bad = first_bad_label(a);
+  if (bad >= 0) return bad;
+
+  const int threads = team_size(a);
+  const size_t scratch_bytes = dlb_scratch_bytes(a);
+  const size_t rows_bytes = aligned(size_t(a.B + 2 * a.overlap) * sizeof(double));
+  std::unique_ptr<char, Free> memory(static_cast<char*>(
+      std::aligned_alloc(64, aligned(rows_bytes + size_t(threads) * scratch_bytes))));
+  if (!memory) return kDlbNoMemory;
+
+  const Overlap overlap = count_overlap(a);
+  const double ce_count = a.ce_count ? dlb_real(a, a.ce_count, 0) : valid_count(a);
+  double kl_count = a.kl_count ? dlb_real(a, a.kl_count, 0) : double(overlap.matched);
+  if (overlap.dropped) kl_count = 0;
+  double* rows = reinterpret_cast<double*>(memory.get());
+  DlbJob job = {&a, weight_sum(a), inverse_count(ce_count), inverse_count(kl_count)};
+  job.grad_scale = a.grad_scale ? dlb_real(a, a.grad_scale, 0) : 1;
+  job.teach = job.kl_inverse > 0;
+  job.stream = a.B * a.C * (a.dtype == DLB_FLOAT64 ? 8 : a.dtype == DLB_FLOAT32 ? 4 : 2) >= kStreamBytes;
+  if (a.loss) {
+    job.row_ce = rows;
+    job.row_kl = rows + a.B;
+    job.row_distill = job.row_kl + a.overlap;
+  }
+  run_rows(job, threads, scratch_bytes, memory.get() + rows_bytes);
+
+  if (a.loss) put_results(job, ce_count, kl_count);
+  if (a.next_labels)
+    std::memcpy(a.next_labels, a.labels + (a.B - a.fresh), size_t(a.fresh) * sizeof(int64_t));
+  if (a.stats) {
+    a.stats[0] += overlap.matched;
+    a.stats[1] += overlap.mismatched;
+    a.stats[2] += a.overlap - overlap.matched - overlap.mismatched;
+  }
+  return kDlbDone;
+}
+
+int dlb_cpu_force_level(int level_wanted) {
+  const int best = best_level();
+  g_level = level_wanted < 0 || level_wanted > best ? best : level_wanted;
+  return g_level;
+}

@@ -1,0 +1,528 @@
+// The row kernels: loss and gradient of one row after the other, equations (1) to (6) of
+// dlb_fused/reference.py.
+//
+// A row is read once, in blocks that stay in L1. Each block is converted into a buffer padded with
+// -inf to whole vectors, its exponentials are taken against the maximum so far and stored, and the
+// sums are rescaled when the maximum rises. The gradient is then a combination of the stored
+// exponentials. The label's class is taken out of the buffers before they are summed and added as a
+// scalar: (5) needs the sum over the other classes, and no digits may cancel.
+//
+// Compiled once per instruction set with another DLB_ROWS; all else here is internal.
+#include "rows.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "../row_math.h"
+#include "vec.h"
+
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr int kFresh = -1;  // the mode of a row without teacher; otherwise see power_mode
+
+// A stretch of the row whose exponentials were taken against the same two maxima.
+struct Run {
+  int64_t begin;
+  double z_top, u_top;
+};
+static_assert(sizeof(Run) == 24, "dlb_scratch_bytes counts on it");
+
+template <class R>
+struct Scratch {
+  R* z;         // (kDlbBlock,) logits of the block
+  R* u;         // (kDlbBlock,) teacher's logits of the block
+  R* first;     // exp(x) of a fresh row, exp(x / temperature) of a taught one
+  R* teacher;   // exp(u / temperature)
+  R* hard;      // exp(x) of a taught row, where it is no power of `first`
+  Run* runs;
+
+  Scratch(char* p, int64_t row) {
+    z = take(p, kDlbBlock);
+    u = take(p, kDlbBlock);
+    first = take(p, row + kLanes<R>);
+    teacher = take(p, row + kLanes<R>);
+    hard = take(p, row + kLanes<R>);
+    runs = reinterpret_cast<Run*>(p);
+  }
+
+  // Aligned, with room for the rest of the last vector.
+  static R* take(char*& p, int64_t n) {
+    R* taken = reinterpret_cast<R*>(p);
+    p += (size_t(n + kLanes<R>) * sizeof(R) + 63) / 64 * 64;
+    return taken;
+  }
+};
+
+template <class R>
+inline R reference(R top) {
+  return top == -std::numeric_limits<R>::infinity() ? 0 : top;
+}
+
+// ---- passes over a block ----
+
+template <class T>
+RealOf<T> load_block(const void* from, int64_t n, RealOf<T>* to) {
+  using R = RealOf<T>;
+  const T* p = static_cast<const T*>(from);
+  Vector<R> top = splat<Vector<R>>(-std::numeric_limits<R>::infinity());
+  int64_t c = 0;
+  for (; c + kLanes<R> <= n; c += kLanes<R>) {
+    const Vector<R> v = load(p + c);
+    store(to + c, v);
+    top = max_else_second(v, top);
+  }
+  if (c < n) {
+    const Vector<R> v = load_some(p + c, n - c, -std::numeric_limits<R>::infinity());
+    store(to + c, v);
+    top = max_else_second(v, top);
+  }
+  return max_lanes(top);
+}
+
+template <class R>
+bool has_nan(const R* z, int64_t n) {
+  bool nan = false;
+  for (int64_t c = 0; c < n; ++c) nan |= z[c] != z[c];
+  return nan;
+}
+
+template <class R>
+struct Exponents {
+  using V = Vector<R>;
+  Exponent<V, R> hard, soft;
+  explicit Exponents(double temperature) : hard(kLog2E), soft(kLog2E / temperature) {}
+};
+
+// Vectors that are added up in one accumulator: it is then added to another, since the rounding
+// errors of a long chain of additions would show in the gradient.
+constexpr int64_t kChain = 16;
+
+template <class R>
+double sum_fresh(const R* z, int64_t n, double z_top, const Exponents<R>& k, R* first) {
+  using V = Vector<R>;
+  const V top = splat<V>(R(z_top));
+  V total = {};
+  for (int64_t begin = 0; begin < n; begin += kChain * kLanes<R>) {
+    const int64_t end = n - begin < kChain * kLanes<R> ? n : begin + kChain * kLanes<R>;
+    V sum = {};
+    for (int64_t c = begin; c < end; c += kLanes<R>) {
+      const V e = exp_of(load(z + c) - top, k.hard);
+      store(first + c, e);
+      sum += e;
+    }
+    total += sum;
+  }
+  return add_lanes(total);
+}
+
+// exp(x) from exp(x / kPower).
+template <int kPower, class V>
+inline V power(V e) {
+  if constexpr (kPower == 1) return e;
+  if constexpr (kPower == 2) return e * e;
+  if constexpr (kPower == 3) return e * e * e;
+  if constexpr (kPower == 4) return (e * e) * (e * e);
+}
+
+template <class R>
+struct TaughtSums {
+  Vector<R> other, student, teacher, gap;
+};
+
+// kMode 1 to 4: the temperature is that integer, so exp(x) is a power. 0: it is another number.
+template <class R, int kMode>
+inline TaughtSums<R> sum_chain(const Scratch<R>& s, int64_t at, int64_t begin, int64_t end,
+                               Vector<R> z_ref, Vector<R> u_ref, const Exponents<R>& k) {
+  using V = Vector<R>;
+  const V none = splat<V>(-std::numeric_limits<R>::infinity());
+  TaughtSums<R> sum = {};
+  for (int64_t c = begin; c < end; c += kLanes<R>) {
+    const V x = load(s.z + c) - z_ref, u = load(s.u + c) - u_ref;
+    const V soft = exp_of(x, k.soft), q = exp_of(u, k.soft);
+    V hard;
+    if constexpr (kMode == 0) {
+      hard = exp_of(x, k.hard);
+      store(s.hard + at + c, hard);
+    } else {
+      hard = power<kMode>(soft);
+    }
+    store(s.first + at + c, soft);
+    store(s.teacher + at + c, q);
+    sum.other += hard;
+    sum.student += soft;
+    sum.teacher += q;
+    sum.gap += u > none ? q * (u - x) : V{};
+  }
+  return sum;
+}
+
+template <class R, int kMode>
+void sum_taught(const Scratch<R>& s, int64_t at, int64_t n, double z_top, double u_top,
+                const Exponents<R>& k, RowSums<double>& sums) {
+  const Vector<R> z_ref = splat<Vector<R>>(R(z_top)), u_ref = splat<Vector<R>>(R(u_top));
+  TaughtSums<R> total = {};
+  for (int64_t begin = 0; begin < n; begin += kChain * kLanes<R>) {
+    const int64_t end = n - begin < kChain * kLanes<R> ? n : begin + kChain * kLanes<R>;
+    const TaughtSums<R> sum = sum_chain<R, kMode>(s, at, begin, end, z_ref, u_ref, k);
+    total.other += sum.other;
+    total.student += sum.student;
+    total.teacher += sum.teacher;
+    total.gap += sum.gap;
+  }
+  sums.other += add_lanes(total.other);
+  sums.student += add_lanes(total.student);
+  sums.teacher += add_lanes(total.teacher);
+  sums.gap += add_lanes(total.gap);
+}
+
+template <class R>
+struct Coefficients {
+  R hard, soft, teacher, smooth;
+};
+
+// Gradient of n classes whose exponentials lie at `at` in the scratch, into `to`.
+template <class T, int kMode>
+inline Vector<RealOf<T>> gradient_at(const Scratch<RealOf<T>>& s, int64_t c,
+                                     const Coefficients<RealOf<T>>& k) {
+  const auto first = load(s.first + c);
+  if constexpr (kMode == kFresh) {
+    return first * k.hard - k.smooth;
+  } else {
+    const auto drift = first * k.soft - load(s.teacher + c) * k.teacher - k.smooth;
+    if constexpr (kMode == 0) {
+      return load(s.hard + c) * k.hard + drift;
+    } else {
+      return power<kMode>(first) * k.hard + drift;
+    }
+  }
+}
+
+template <class T, int kMode, bool kStream>
+void write_gradient(const Scratch<RealOf<T>>& s, int64_t begin, int64_t end,
+                    const Coefficients<RealOf<T>>& k, void* row) {
+  constexpr int64_t lanes = kLanes<RealOf<T>>;
+  T* to = static_cast<T*>(row);
+  int64_t c = begin;
+  if constexpr (kStream) {
+    constexpr uintptr_t bytes = lanes * sizeof(T);
+    const int64_t head = int64_t(-reinterpret_cast<uintptr_t>(to + c) % bytes / sizeof(T));
+    if (head && c + head <= end) {
+      store_some(to + c, gradient_at<T, kMode>(s, c, k), head);
+      c += head;
+    }
+    for (; c + lanes <= end; c += lanes) stream(to + c, gradient_at<T, kMode>(s, c, k));
+  } else {
+    for (; c + lanes <= end; c += lanes) store(to + c, gradient_at<T, kMode>(s, c, k));
+  }
+  if (c < end) store_some(to + c, gradient_at<T, kMode>(s, c, k), end - c);
+}
+
+void copy_bytes(char* to, const char* from, int64_t n, bool past_caches) {
+  int64_t i = 0;
+  if (past_caches) {
+    const int64_t head = -reinterpret_cast<uintptr_t>(to) % kVectorBytes;
+    i = head < n ? head : n;
+    std::memcpy(to, from, size_t(i));
+    for (; i + kVectorBytes <= n; i += kVectorBytes) stream_bits(to + i, bits_from<VU>(from + i));
+  }
+  std::memcpy(to + i, from + i, size_t(n - i));
+}
+
+// ---- what depends on the types ----
+
+template <class R>
+using LoadBlock = R (*)(const void*, int64_t, R*);
+template <class R>
+using SumTaught = void (*)(const Scratch<R>&, int64_t, int64_t, double, double, const Exponents<R>&,
+                           RowSums<double>&);
+template <class R>
+using WriteGradient = void (*)(const Scratch<R>&, int64_t, int64_t, const Coefficients<R>&, void*);
+
+template <class R>
+constexpr SumTaught<R> kSumTaught[] = {sum_taught<R, 0>, sum_taught<R, 1>, sum_taught<R, 2>,
+                                       sum_taught<R, 3>, sum_taught<R, 4>};
+
+template <class T, bool kStream>
+constexpr WriteGradient<RealOf<T>> kWriteGradient[] = {
+    write_gradient<T, kFresh, kStream>, write_gradient<T, 0, kStream>,
+    write_gradient<T, 1, kStream>,      write_gradient<T, 2, kStream>,
+    write_gradient<T, 3, kStream>,      write_gradient<T, 4, kStream>};
+
+template <class R>
+LoadBlock<R> loader(int32_t dtype) {
+  if constexpr (std::is_same_v<R, double>) {
+    return load_block<double>;
+  } else {
+    return dtype == DLB_BFLOAT16  ? load_block<BFloat16>
+           : dtype == DLB_FLOAT16 ? load_block<Float16>
+                                  : load_block<float>;
+  }
+}
+
+int64_t size_of(int32_t dtype) { return dtype == DLB_FLOAT64 ? 8 : dtype == DLB_FLOAT32 ? 4 : 2; }
+
+// ---- one row ----
+
+// R is the type of the arithmetic, T that of logits and dlogits.
+template <class T>
+class RowKernel {
+  using R = RealOf<T>;
+
+ public:
+  RowKernel(const DlbJob& job, char* scratch)
+      : job_(job),
+        a_(*job.args),
+        s_(scratch, a_.dlogits ? a_.C : kDlbBlock),
+        load_teacher_(loader<R>(a_.last_dtype)) {}
+
+  void run(int64_t i) {
+    const bool valid = dlb_row_valid(a_, i);
+    if (i >= a_.B - a_.fresh) cached_ = i - (a_.B - a_.fresh);
+    row_ = i;
+    z_ = static_cast<const T*>(a_.logits) + i * a_.logits_stride;
+    const int64_t t = i < a_.overlap && valid && job_.teach ? dlb_teacher_row(a_, i) : -1;
+    u_ = t < 0 ? nullptr : at(a_.last_logits, t * a_.last_stride, a_.last_dtype);
+    if (valid && (job_.ce_inverse > 0 || u_)) {
+      compute();
+    } else {
+      skip();
+    }
+  }
+
+ private:
+  static const char* at(const void* p, int64_t i, int32_t dtype) {
+    return static_cast<const char*>(p) + i * size_of(dtype);
+  }
+
+  T* gradient_row() const { return static_cast<T*>(a_.dlogits) + row_ * a_.dlogits_stride; }
+
+  double setting(const void* values, int32_t step, double value) const {
+    return values ? dlb_real(a_, values, row_ * step) : value;
+  }
+
+  // A row without loss: gradient 0, whatever it holds.
+  void skip() {
+    if (cached_ >= 0) {
+      R top = -std::numeric_limits<R>::infinity();
+      bool nan = false;
+      for (int64_t at = 0; at < a_.C; at += kDlbBlock) {
+        const int64_t n = block_length(at);
+        const R block_top = load_block<T>(z_ + at, n, s_.z);
+        top = block_top > top ? block_top : top;
+        nan = nan || has_nan(s_.z, n);
+        cache_block(at, n);
+      }
+      finish_cache(!nan && std::isfinite(top));
+    }
+    if (a_.dlogits) std::memset(gradient_row(), 0, size_t(a_.C) * sizeof(T));
+    if (job_.row_ce) put_losses(0, 0, 0);
+  }
+
+  int64_t block_length(int64_t at) const { return a_.C - at < kDlbBlock ? a_.C - at : kDlbBlock; }
+
+  void cache_block(int64_t at, int64_t n) const {
+    if (cached_ < 0 || !a_.next_logits) return;
+    char* to = static_cast<char*>(a_.next_logits) + (cached_ * a_.C + at) * int64_t(sizeof(T));
+    copy_bytes(to, reinterpret_cast<const char*>(z_ + at), n * int64_t(sizeof(T)), job_.stream);
+  }
+
+  void finish_cache(bool valid) {
+    if (cached_ >= 0 && a_.next_valid) a_.next_valid[cached_] = valid;
+    cached_ = -1;
+  }
+
+  void put_losses(double ce, double kl, double distill) const {
+    job_.row_ce[row_] = ce;
+    if (row_ < a_.overlap) {
+      job_.row_kl[row_] = kl;
+      job_.row_distill[row_] = distill;
+    }
+  }
+
+  void compute() {
+    label_ = a_.labels[row_];
+    temperature_ = setting(a_.temperatures, a_.temperature_step, a_.temperature);
+    const double label_weight = a_.weight ? dlb_real(a_, a_.weight, label_) : 1;
+    target_ = row_target(a_.label_smoothing, double(a_.C), label_weight, job_.weight_sum);
+    choose_mode();
+    sum_row();
+    finish_cache(std::isfinite(z_top_) && sums_.other + sums_.e_y < INFINITY);
+    const double alpha = u_ ? setting(a_.alphas, a_.alpha_step, a_.alpha) : 0;
+    if (job_.row_ce) {
+      const double kl = u_ ? row_kl(sums_, temperature_) : 0;
+      const double distill = alpha == 0 ? 0 : alpha * temperature_ * temperature_ * kl;
+      put_losses(row_ce(sums_, target_, job_.weight_sum), kl, distill);
+    }
+    if (a_.dlogits) write_row(alpha);
+  }
+
+  bool weighted_smoothing() const { return a_.weight && a_.label_smoothing > 0; }
+
+  void choose_mode() {
+    mode_ = u_ ? 0 : kFresh;
+    if (!u_ || weighted_smoothing()) return;
+    for (int p = 1; p <= 4; ++p)
+      if (temperature_ == p) mode_ = p;
+  }
+
+  void sum_row() {
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    const Exponents<R> k(temperature_);
+    sums_ = {};
+    z_top_ = u_top_ = -infinity;
+    z_y_ = u_y_ = weight_so_far_ = 0;
+    runs_ = 0;
+    for (int64_t at = 0; at < a_.C; at += kDlbBlock) {
+      const int64_t n = block_length(at);
+      const double z_top = load_block<T>(z_ + at, n, s_.z);
+      const double u_top = u_ ? load_teacher_(u_ + at * size_of(a_.last_dtype), n, s_.u) : -infinity;
+      cache_block(at, n);
+      raise_tops(at, z_top, u_top);
+      if (target_.smooth > 0) add_smoothing(at, n);
+      take_label_out(at, n);
+      const int64_t to = a_.dlogits ? at : 0;
+      const double z_ref = reference(z_top_), u_ref = reference(u_top_);
+      if (u_) {
+        kSumTaught<R>[mode_](s_, to, n, z_ref, u_ref, k, sums_);
+      } else {
+        sums_.other += sum_fresh(s_.z, n, z_ref, k, s_.first + to);
+      }
+    }
+    put_label_in();
+  }
+
+  // Takes the tops of a block in; the sums so far then refer to the new ones.
+  void raise_tops(int64_t at, double z_top, double u_top) {
+    if (at > 0 && !(z_top > z_top_) && !(u_top > u_top_)) return;
+    const double z_old = z_top_, u_old = u_top_;
+    if (z_top > z_top_) z_top_ = z_top;
+    if (u_top > u_top_) u_top_ = u_top;
+    s_.runs[runs_++] = {at, reference(z_top_), reference(u_top_)};
+    if (at == 0) return;
+    const double z_shift = reference(z_old) - z_top_, u_shift = reference(u_old) - u_top_;
+    const double student = std::isfinite(z_old) ? std::exp(z_shift / temperature_) : 0;
+    const double teacher = std::isfinite(u_old) ? std::exp(u_shift / temperature_) : 0;
+    sums_.other *= std::isfinite(z_old) ? std::exp(z_shift) : 0;
+    sums_.smooth += weight_so_far_ * (reference(z_old) - reference(z_top_));
+    if (!u_) return;
+    sums_.gap = teacher * (sums_.gap + sums_.teacher * (u_shift - z_shift));
+    sums_.student *= student;
+    sums_.teacher *= teacher;
+  }
+
+  // A class of weight 0 adds nothing, even where its logit is -inf.
+  void add_smoothing(int64_t at, int64_t n) {
+    const R* weight = a_.weight ? static_cast<const R*>(a_.weight) + at : nullptr;
+    const R top = R(reference(z_top_));
+    double sum = 0, weights = 0;
+    for (int64_t c = 0; c < n; ++c) {
+      const R w = weight ? weight[c] : 1;
+      sum += w == 0 ? 0 : w * (s_.z[c] - top);
+      weights += w;
+    }
+    sums_.smooth += sum;
+    weight_so_far_ += weights;
+  }
+
+  void take_label_out(int64_t at, int64_t n) {
+    const int64_t c = label_ - at;
+    if (c < 0 || c >= n) return;
+    z_y_ = s_.z[c];
+    s_.z[c] = -std::numeric_limits<R>::infinity();
+    if (!u_) return;
+    u_y_ = s_.u[c];
+    s_.u[c] = -std::numeric_limits<R>::infinity();
+  }
+
+  void put_label_in() {
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    sums_.x_y = z_y_ - z_top_;
+    sums_.e_y = std::exp(sums_.x_y);
+    if (!u_) return;
+    const double u_y = u_y_ - u_top_;
+    sums_.student_y = std::exp(sums_.x_y / temperature_);
+    sums_.teacher_y = std::exp(u_y / temperature_);
+    sums_.student += sums_.student_y;
+    sums_.teacher += sums_.teacher_y;
+    if (u_y != -infinity)
+      sums_.gap += sums_.x_y == -infinity ? infinity : sums_.teacher_y * (u_y - sums_.x_y);
+    // Without a NaN in the row this is 0 times infinity: a class that the student rules out and
+    // the teacher does not, although its weight underflows.
+    if (std::isnan(sums_.gap)) sums_.gap = infinity;
+  }
+
+  void write_row(double alpha) {
+    const double ce = job_.grad_scale * job_.ce_inverse;
+    const double kl = u_ ? job_.grad_scale * job_.kl_inverse * alpha * temperature_ : 0;
+    const double hard = ce * (target_.target + target_.rest) / (sums_.other + sums_.e_y);
+    T* to = gradient_row();
+    const int64_t end = a_.C;
+    for (int64_t r = 0; r < runs_; ++r) {
+      const Run& run = s_.runs[r];
+      const int64_t run_end = r + 1 < runs_ ? s_.runs[r + 1].begin : end;
+      const double z_shift = run.z_top - z_top_, u_shift = run.u_top - u_top_;
+      Coefficients<R> k = {R(hard * std::exp(z_shift)), 0, 0, R(ce * target_.smooth)};
+      if (u_) {
+        k.soft = R(kl / sums_.student * std::exp(z_shift / temperature_));
+        k.teacher = R(kl / sums_.teacher * std::exp(u_shift / temperature_));
+      }
+      if (weighted_smoothing()) weigh(run.begin, run_end, k);
+      const int mode = mode_ - kFresh;
+      (job_.stream ? kWriteGradient<T, true> : kWriteGradient<T, false>)[mode](s_, run.begin,
+                                                                              run_end, k, to);
+    }
+    double label = ce * row_label_gradient(sums_, target_);
+    if (u_) label += kl * (sums_.student_y / sums_.student - sums_.teacher_y / sums_.teacher);
+    store_one(to + label_, R(label));
+  }
+
+  // Puts the weights of the smoothing part into the stored exponentials.
+  void weigh(int64_t begin, int64_t end, Coefficients<R>& k) const {
+    R* e = u_ ? s_.hard : s_.first;
+    const R* w = static_cast<const R*>(a_.weight);
+    for (int64_t c = begin; c < end; ++c) e[c] = e[c] * k.hard - w[c] * k.smooth;
+    k.hard = 1;
+    k.smooth = 0;
+  }
+
+  const DlbJob& job_;
+  const DlbArgs& a_;
+  const Scratch<R> s_;
+  const LoadBlock<R> load_teacher_;
+
+  int64_t row_ = 0, label_ = 0;
+  int64_t cached_ = -1;  // row of the next cache that is still to be written
+  const T* z_ = nullptr;
+  const char* u_ = nullptr;  // null: not taught
+  double temperature_ = 1, z_top_ = 0, u_top_ = 0, z_y_ = 0, u_y_ = 0;
+  double weight_so_far_ = 0;
+  int mode_ = 0;
+  int64_t runs_ = 0;
+  RowTarget<double> target_ = {};
+  RowSums<double> sums_ = {};
+};
+
+template <class T>
+void run_rows(const DlbJob& job, int64_t begin, int64_t end, char* scratch) {
+  RowKernel<T> kernel(job, scratch);
+  for (int64_t i = begin; i < end; ++i) kernel.run(i);
+  if (job.stream) finish_streams();
+}
+
+}  // namespace
+
+void DLB_ROWS(const DlbJob& job, int64_t begin, int64_t end, char* scratch) {
+  switch (job.args->dtype) {
+    case DLB_FLOAT64:
+      return run_rows<double>(job, begin, end, scratch);
+    case DLB_BFLOAT16:
+      return run_rows<BFloat16>(job, begin, end, scratch);
+    case DLB_FLOAT16:
+      return run_rows<Float16>(job, begin, end, scratch);
+    default:
+      return run_rows<float>(job, begin, end, scratch);
+  }
+}

@@ -1,0 +1,49 @@
+// Between the entry point (loss.cpp) and the row kernels (rows.cpp, compiled once per instruction
+// set).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "args.h"
+
+constexpr int64_t kDlbBlock = 2048;  // elements of a row that are worked on at a time
+
+struct DlbJob {
+  const DlbArgs* args;
+  double weight_sum;  // of all classes; C without weight
+  double ce_inverse;  // 1 / ce_count, 0 for a count of 0
+  double kl_inverse;
+  double grad_scale;
+  bool teach;           // false: no row is taught
+  bool stream;          // write outputs past the caches
+  double* row_ce;       // (B,) ce_i of (2)
+  double* row_kl;       // (overlap,) kl_i of (3), 0 where not taught
+  double* row_distill;  // (overlap,) alpha tau^2 kl_i
+};
+
+inline double dlb_real(const DlbArgs& a, const void* p, int64_t i) {
+  return a.dtype == DLB_FLOAT64 ? static_cast<const double*>(p)[i]
+                                : static_cast<const float*>(p)[i];
+}
+
+inline bool dlb_row_valid(const DlbArgs& a, int64_t i) { return a.labels[i] != a.ignore_index; }
+
+// The row of last_logits that may teach row i < overlap, or -1.
+inline int64_t dlb_teacher_row(const DlbArgs& a, int64_t i) {
+  const int64_t t = a.teacher_rows ? a.teacher_rows[i] : i;
+  return t >= 0 && (!a.last_valid || a.last_valid[t]) ? t : -1;
+}
+
+// Bytes of working memory that one thread needs, enough for vectors of 64 bytes.
+inline size_t dlb_scratch_bytes(const DlbArgs& a) {
+  const int64_t real = a.dtype == DLB_FLOAT64 ? 8 : 4;
+  const int64_t row = a.dlogits ? a.C : kDlbBlock;
+  const int64_t blocks = 2 * (kDlbBlock * real + 64), rows = 3 * (row * real + 192);
+  return size_t(blocks + rows + (a.C / kDlbBlock + 1) * 24 + 63) / 64 * 64;
+}
+
+// Rows [begin, end) of the job. `scratch` is aligned to 64 bytes.
+using DlbRows = void (*)(const DlbJob& job, int64_t begin, int64_t end, char* scratch);
+void dlb_rows_baseline(const DlbJob& job, int64_t begin, int64_t end, char* scratch);
+void dlb_rows_v3(const DlbJob& job, int64_t begin, int64_t end, char* scratch);
+void dlb_rows_v4(const DlbJob& job, int64_t begin, int64_t end, char* scratch);

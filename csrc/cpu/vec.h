@@ -1,0 +1,319 @@
+// Vectors of the widest kind that this compilation may use, and the conversions between them and
+// the four storage types. GCC and Clang vector extensions; intrinsics only where those have no
+// word. Everything is internal to its source file, since the file is compiled once per instruction
+// set and the linker must not mix the results.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T, int kBytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <class R>
+using Vector = typename VectorOf<R, kVectorBytes>::type;
+template <class R>
+constexpr int kLanes = kVectorBytes / int(sizeof(R));
+
+using VF = Vector<float>;
+using VD = Vector<double>;
+using VU = Vector<uint32_t>;
+using VL = Vector<uint64_t>;
+using VU16 = VectorOf<uint16_t, kVectorBytes / 2>::type;  // as many lanes as VF
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class V, class T>
+inline V bits_from(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast changes no size");
+  return bits_from<To>(&from);
+}
+
+template <class V, class R>
+inline V splat(R x) {
+  return x - V{};
+}
+
+// The larger of each lane; b where either is NaN.
+#if defined(__AVX512F__)
+inline VF max_else_second(VF a, VF b) { return (VF)_mm512_max_ps((__m512)a, (__m512)b); }
+inline VD max_else_second(VD a, VD b) { return (VD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#elif defined(__AVX2__)
+inline VF max_else_second(VF a, VF b) { return (VF)_mm256_max_ps((__m256)a, (__m256)b); }
+inline VD max_else_second(VD a, VD b) { return (VD)_mm256_max_pd((__m256d)a, (__m256d)b); }
+#elif defined(__x86_64__)
+inline VF max_else_second(VF a, VF b) { return (VF)_mm_max_ps((__m128)a, (__m128)b); }
+inline VD max_else_second(VD a, VD b) { return (VD)_mm_max_pd((__m128d)a, (__m128d)b); }
+#else
+template <class V>
+inline V max_else_second(V a, V b) {
+  return a > b ? a : b;
+}
+#endif
+
+struct Add {
+  template <class V>
+  static V of(V a, V b) {
+    return a + b;
+  }
+};
+struct Max {
+  template <class V>
+  static V of(V a, V b) {
+    return a > b ? a : b;
+  }
+};
+
+template <class Op, class R, int kBytes>
+inline R fold_lanes(typename VectorOf<R, kBytes>::type v) {
+  if constexpr (kBytes <= 16) {
+    R x = v[0];
+    for (int i = 1; i < kBytes / int(sizeof(R)); ++i) x = Op::of(x, v[i]);
+    return x;
+  } else {
+    using Half = typename VectorOf<R, kBytes / 2>::type;
+    const char* p = reinterpret_cast<const char*>(&v);
+    const Half low = bits_from<Half>(p), high = bits_from<Half>(p + kBytes / 2);
+    return fold_lanes<Op, R, kBytes / 2>(Op::of(low, high));
+  }
+}
+
+inline float add_lanes(VF v) { return fold_lanes<Add, float, kVectorBytes>(v); }
+inline double add_lanes(VD v) { return fold_lanes<Add, double, kVectorBytes>(v); }
+inline float max_lanes(VF v) { return fold_lanes<Max, float, kVectorBytes>(v); }
+inline double max_lanes(VD v) { return fold_lanes<Max, double, kVectorBytes>(v); }
+
+// ---- storage to real ----
+
+inline VF from_bits(VU16 h, BFloat16) {
+  return bit_cast<VF>(__builtin_convertvector(h, VU) << 16);
+}
+
+inline VF from_bits(VU16 h, Float16) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__AVX2__)
+  return (VF)_mm256_cvtph_ps((__m128i)h);
+#else
+  using VI = Vector<int32_t>;
+  const VU wide = __builtin_convertvector(h, VU), magnitude = wide & 0x7fff;
+  const VU normal = (magnitude << 13) + ((127u - 15) << 23);
+  const VU special = (magnitude << 13) | 0x7f800000;
+  const VF tiny = __builtin_convertvector((VI)magnitude, VF) * 0x1p-24f;
+  const VU u = magnitude < 0x400 ? bit_cast<VU>(tiny) : magnitude < 0x7c00 ? normal : special;
+  return bit_cast<VF>(u | (wide & 0x8000) << 16);
+#endif
+}
+
+inline VF load(const float* p) { return bits_from<VF>(p); }
+inline VD load(const double* p) { return bits_from<VD>(p); }
+template <class H>
+inline VF load(const H* p) {
+  return from_bits(bits_from<VU16>(p), H{});
+}
+
+// ---- real to storage, rounded to nearest, ties to even ----
+
+inline VU16 to_bits(VF f, BFloat16) {
+  const VU u = bit_cast<VU>(f);
+  const VU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(f == f ? rounded : (u >> 16 | 0x40), VU16);
+}
+
+inline VU16 to_bits(VF f, Float16) {
+#if defined(__AVX512F__)
+  return (VU16)_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (VU16)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const VU u = bit_cast<VU>(f), sign = u & 0x80000000, magnitude = u ^ sign;
+  const VU normal = (magnitude - ((127u - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // 0.5 has the weight of the last bit of a subnormal half in its own last bit.
+  const VU tiny = bit_cast<VU>(bit_cast<VF>(magnitude) + 0.5f) - 0x3f000000;
+  const VU nan_or_inf = magnitude > 0x7f800000 ? 0x7e00 + VU{} : 0x7c00 + VU{};
+  const VU h = magnitude < 0x38800000   ? tiny
+               : magnitude < 0x477ff000 ? normal
+                                        : nan_or_inf;
+  return __builtin_convertvector(h | sign >> 16, VU16);
+#endif
+}
+
+inline void store(float* p, VF v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(double* p, VD v) { std::memcpy(p, &v, sizeof(v)); }
+template <class H>
+inline void store(H* p, VF v) {
+  const VU16 h = to_bits(v, H{});
+  std::memcpy(p, &h, sizeof(h));
+}
+
+template <class R, class T>
+inline void store_one(T* p, R x) {
+  if constexpr (sizeof(T) == 2) {
+    const VU16 h = to_bits(splat<VF>(float(x)), T{});
+    p->bits = h[0];
+  } else {
+    *p = T(x);
+  }
+}
+
+// ---- the first n < kLanes elements ----
+
+template <class T>
+using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+inline auto load_some(const T* p, int64_t n, RealOf<T> fill) {
+  using R = RealOf<T>;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const Vector<R> rest = splat<Vector<R>>(fill);
+  if constexpr (std::is_same_v<T, float>) {
+    return (VF)_mm512_mask_loadu_ps((__m512)rest, __mmask16((1u << n) - 1), p);
+  } else if constexpr (std::is_same_v<T, double>) {
+    return (VD)_mm512_mask_loadu_pd((__m512d)rest, __mmask8((1u << n) - 1), p);
+  } else {
+    const __mmask16 mask = __mmask16((1u << n) - 1);
+    const VF v = from_bits((VU16)_mm256_maskz_loadu_epi16(mask, p), T{});
+    return (VF)_mm512_mask_mov_ps((__m512)rest, mask, (__m512)v);
+  }
+#else
+  T head[kLanes<R>] = {};
+  for (int64_t i = 0; i < n; ++i) head[i] = p[i];
+  Vector<R> v = load(head);
+  for (int64_t i = n; i < kLanes<R>; ++i) v[i] = fill;
+  return v;
+#endif
+}
+
+template <class T>
+inline void store_some(T* p, Vector<RealOf<T>> v, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  } else if constexpr (std::is_same_v<T, double>) {
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+  } else {
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)to_bits(v, T{}));
+  }
+#else
+  T head[kLanes<RealOf<T>>];
+  store(head, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = head[i];
+#endif
+}
+
+// ---- stores past the caches, for outputs that no cache could hold; p must be aligned ----
+
+#if defined(__AVX512F__)
+inline void stream_bits(void* p, VU v) { _mm512_stream_si512((__m512i*)p, (__m512i)v); }
+inline void stream_bits(void* p, VU16 v) { _mm256_stream_si256((__m256i*)p, (__m256i)v); }
+#elif defined(__AVX2__)
+inline void stream_bits(void* p, VU v) { _mm256_stream_si256((__m256i*)p, (__m256i)v); }
+inline void stream_bits(void* p, VU16 v) { _mm_stream_si128((__m128i*)p, (__m128i)v); }
+#elif defined(__x86_64__)
+inline void stream_bits(void* p, VU v) { _mm_stream_si128((__m128i*)p, (__m128i)v); }
+inline void stream_bits(void* p, VU16 v) { _mm_stream_si64((long long*)p, bit_cast<int64_t>(v)); }
+#else
+template <class V>
+inline void stream_bits(void* p, V v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+#endif
+
+template <class T>
+inline void stream(T* p, Vector<RealOf<T>> v) {
+  if constexpr (sizeof(T) == 2) {
+    stream_bits(p, to_bits(v, T{}));
+  } else {
+    stream_bits(p, bit_cast<VU>(v));
+  }
+}
+
+inline void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// ---- exp ----
+
+// exp(x / t) for x <= 0 as 2^(k x); set up once a row.
+template <class V, class R>
+struct Exponent {
+  V k, low;
+  explicit Exponent(double log2_base) {
+    k = splat<V>(R(log2_base));
+    low = splat<V>(R((std::is_same_v<R, float> ? -127.0 : -1023.0) / log2_base));
+  }
+};
+
+// 2^r on [-1/2, 1/2] with 2^0 = 1 exactly, by Remez: relative error 2.5e-9 and 7.2e-18.
+inline VF exp2_fraction(VF r) {
+  VF p = 1.54614447e-4f + VF{};
+  p = p * r + 1.34004282e-3f;
+  p = p * r + 9.61805668e-3f;
+  p = p * r + 5.55032723e-2f;
+  p = p * r + 2.40226509e-1f;
+  p = p * r + 6.93147207e-1f;
+  return p * r + 1.0f;
+}
+
+inline VD exp2_fraction(VD r) {
+  VD p = 4.44899076332136106e-10 + VD{};
+  p = p * r + 7.07318966929515078e-9;
+  p = p * r + 1.0178099728335212e-7;
+  p = p * r + 1.32154388022117461e-6;
+  p = p * r + 1.52527337473860087e-5;
+  p = p * r + 1.54035304499086718e-4;
+  p = p * r + 1.33335581464932382e-3;
+  p = p * r + 9.618129107599958e-3;
+  p = p * r + 5.55041086648213308e-2;
+  p = p * r + 2.40226506959101163e-1;
+  p = p * r + 6.93147180559945311e-1;
+  return p * r + 1.0;
+}
+
+// Adding `magic` rounds to an integer and leaves the biased exponent in the low bits. Below the
+// normal range the exponent field is 0, so the result is exactly 0. NaN stays NaN.
+inline VF exp_of(VF x, const Exponent<VF, float>& e) {
+  constexpr float magic = 0x1.8p23f + 127;
+  x = max_else_second(e.low, x);
+  const VF shifted = x * e.k + magic;
+  const VF r = x * e.k - (shifted - magic);
+  return exp2_fraction(r) * bit_cast<VF>(bit_cast<VU>(shifted) << 23);
+}
+
+inline VD exp_of(VD x, const Exponent<VD, double>& e) {
+  constexpr double magic = 0x1.8p52 + 1023;
+  x = max_else_second(e.low, x);
+  const VD shifted = x * e.k + magic;
+  const VD r = x * e.k - (shifted - magic);
+  return exp2_fraction(r) * bit_cast<VD>(bit_cast<VL>(shifted) << 52);
+}
+
+}  // namespace

@@ -1,0 +1,244 @@
+"""What autograd knows of the loss: what is saved, which gradient exists, the operator for compile.
+
+In eager mode `DLBLossFunction` runs: the forward launch stores the gradient already, and backward
+returns it (or computes it anew where dloss is not the expected one). Under torch.compile and
+torch.export the same backends stand behind the operator `torch.ops.dlb_fused.loss`, since Dynamo
+cannot look into them: it is functional, so its forward stores no gradient and its backward computes
+it once, with the dloss that came.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from dlb_fused import backends
+from dlb_fused.backends import LossArgs, LossOutputs
+
+
+class Computed(NamedTuple):
+    """A loss with its graph, and what the same launch gave besides."""
+
+    loss: Tensor
+    parts: Tensor
+    next_logits: Tensor | None
+    next_labels: Tensor | None
+    next_valid: Tensor | None
+
+
+def compute(args: LossArgs, backend: str) -> Computed:
+    """Runs the backend on checked arguments; the loss is differentiable with respect to
+    `args.logits`."""
+    if torch.compiler.is_compiling():
+        return _compute_compiled(args, backend)
+    module = backends.choose(backend, args.logits)
+    if not args.need_grad:
+        out: LossOutputs = module.forward(args)
+        return Computed(out.loss, out.parts, *out[3:])
+    box: list[LossOutputs] = []
+    loss = DLBLossFunction.apply(args.logits, args, module, box)
+    out = box[0]
+    return Computed(loss, out.parts, *out[3:])
+
+
+class DLBLossFunction(Function):
+    """Classic `forward(ctx, ...)`: the `setup_context` form costs 14 µs more a call."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits: Tensor, args: LossArgs, module: ModuleType, box: list[LossOutputs]
+    ) -> Tensor:
+        out = module.forward(args)
+        box.append(out)
+        if args.inplace:
+            # A kernel writes behind autograd's back; now a later read of the old values is an
+            # error.
+            torch.autograd.graph.increment_version(logits)
+        if args.pair is not None:
+            torch.autograd.graph.increment_version(args.pair.logits)
+        # Saved, and not kept on ctx: backward frees what is saved, so the gradient can be handed on
+        # without a clone, and a later write into logits, labels or the teacher's logits is found.
+        args = args._replace(logits=logits)
+        teacher = args.last_logits if args.pair is None else args.pair.logits
+        ctx.inference_teacher = None
+        if teacher is not None and teacher.is_inference():  # autograd refuses to save these
+            ctx.inference_teacher, teacher = teacher, None
+        ctx.save_for_backward(logits, args.labels, teacher, out.parts, out.dlogits)
+        ctx.rest, ctx.module, ctx.used = args[3:], module, False
+        return out.loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        with torch.no_grad():
+            dlogits = _backward(ctx, dloss)
+        if torch.is_grad_enabled():
+            dlogits = NotTwiceDifferentiable.apply(dlogits, dloss, *ctx.saved_tensors[:1])
+        return dlogits, None, None, None
+
+
+def _backward(ctx: Any, dloss: Tensor) -> Tensor:
+    logits, labels, teacher, parts, dlogits = ctx.saved_tensors
+    teacher = ctx.inference_teacher if teacher is None else teacher
+    args = LossArgs(logits.detach(), labels, teacher, *ctx.rest)
+    if args.pair is not None:
+        args = args._replace(last_logits=None)  # was saved for the check of its version only
+    if args.inplace:
+        if ctx.used:
+            raise RuntimeError(
+                "dlb_loss(inplace=True) allows one backward: the logits were overwritten by the "
+                "gradient of the first; use inplace=False with retain_graph=True"
+            )
+        ctx.used = True
+        gradient = dlogits.data
+        ctx.module.rescale_(gradient, dloss, args.grad_scale)
+        return gradient
+    # The first backward gives the stored buffer away, with a version counter of its own:
+    # whatever the caller then does with it must not stop a second backward.
+    stored = None if ctx.used else dlogits.data
+    ctx.used = True
+    return ctx.module.backward(args, parts, dloss, stored)
+
+
+class NotTwiceDifferentiable(Function):
+    """Passes the gradient on and refuses, in words, to be differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, dlogits: Tensor, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        return dlogits.view_as(dlogits)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "dlb_loss cannot be differentiated twice: its gradient is computed by a kernel. Use "
+            "dlb_fused.reference.dlb_loss_naive for second derivatives"
+        )
+
+
+_SETTINGS = (
+    "Tensor logits, Tensor labels, Tensor? last_logits, SymInt overlap, Tensor? teacher_rows, "
+    "Tensor? last_labels, Tensor? last_valid, Tensor? weight, int ignore_index, "
+    "float label_smoothing, float temperature, Tensor? temperatures, float alpha, Tensor? alphas, "
+    "Tensor? ce_count, Tensor? kl_count, SymInt fresh, bool copy_logits, str backend"
+)
+
+library = torch.library.Library("dlb_fused", "DEF")
+library.define(
+    f"loss({_SETTINGS}) -> (Tensor loss, Tensor parts, Tensor next_logits, Tensor next_labels, "
+    "Tensor next_valid, Tensor stats)"
+)
+library.define(f"loss_gradient(Tensor dloss, Tensor parts, {_SETTINGS}) -> Tensor")
+
+
+def _compute_compiled(args: LossArgs, backend: str) -> Computed:
+    loss, parts, next_logits, next_labels, next_valid, stats = torch.ops.dlb_fused.loss(
+        *_settings_of(args), backend
+    )
+    if args.stats is not None:
+        args.stats.add_(stats)
+    return Computed(
+        loss,
+        parts,
+        next_logits if args.copy_logits and args.fresh else None,
+        next_labels if args.fresh else None,
+        next_valid if args.fresh else None,
+    )
+
+
+def _settings_of(args: LossArgs) -> tuple[Any, ...]:
+    """The arguments of the operator but the last: a union of float and tensor becomes two
+    arguments."""
+
+    def split(value: float | Tensor) -> tuple[float, Tensor | None]:
+        return (0.0, value) if isinstance(value, Tensor) else (value, None)
+
+    return (
+        *args[:9],
+        args.label_smoothing,
+        *split(args.temperature),
+        *split(args.alpha),
+        args.ce_count,
+        args.kl_count,
+        args.fresh,
+        args.copy_logits,
+    )
+
+
+def _args_of(*settings: Any) -> tuple[LossArgs, str]:
+    (*head, label_smoothing, tau, taus, alpha, alphas, ce_count, kl_count, fresh, copy, backend) = (
+        settings
+    )
+    args = LossArgs(
+        *(
+            *head,
+            label_smoothing,
+            tau if taus is None else taus,
+            alpha if alphas is None else alphas,
+            ce_count,
+            kl_count,
+        )
+    )
+    return args._replace(fresh=fresh, copy_logits=copy), backend
+
+
+def _loss(*settings: Any) -> tuple[Tensor, ...]:
+    args, backend = _args_of(*settings)
+    stats = args.labels.new_zeros(3)
+    out = backends.choose(backend, args.logits).forward(args._replace(stats=stats))
+    absent = args.logits.new_empty(0)
+    return (
+        out.loss,
+        out.parts,
+        absent if out.next_logits is None else out.next_logits,
+        args.labels.new_empty(0) if out.next_labels is None else out.next_labels,
+        absent.to(torch.uint8) if out.next_valid is None else out.next_valid,
+        stats,
+    )
+
+
+def _loss_meta(*settings: Any) -> tuple[Tensor, ...]:
+    args, _ = _args_of(*settings)
+    real = torch.float64 if args.logits.dtype == torch.float64 else torch.float32
+    C = args.logits.shape[1]
+    return (
+        args.logits.new_empty((), dtype=real),
+        args.logits.new_empty(4, dtype=real),
+        args.logits.new_empty((args.fresh, C) if args.copy_logits and args.fresh else 0),
+        args.labels.new_empty(args.fresh),
+        args.labels.new_empty(args.fresh, dtype=torch.uint8),
+        args.labels.new_empty(3),
+    )
+
+
+def _loss_gradient(dloss: Tensor, parts: Tensor, *settings: Any) -> Tensor:
+    args, backend = _args_of(*settings)
+    return backends.choose(backend, args.logits).backward(args, parts, dloss, None)
+
+
+def _loss_gradient_meta(dloss: Tensor, parts: Tensor, *settings: Any) -> Tensor:
+    return settings[0].new_empty(settings[0].shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1], *(x for x in inputs if isinstance(x, Tensor)))
+    ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+
+def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    parts, *tensors = ctx.saved_tensors
+    settings = [tensors.pop(0) if x is None else x[0] for x in ctx.rest]
+    dlogits = torch.ops.dlb_fused.loss_gradient(dloss, parts, *settings)
+    return dlogits, *(None for _ in settings[1:])
+
+
+for device in ("CPU", "CUDA"):
+    library.impl("loss", _loss, device)
+    library.impl("loss_gradient", _loss_gradient, device)
+torch.library.register_fake("dlb_fused::loss", _loss_meta, lib=library)
+torch.library.register_fake("dlb_fused::loss_gradient", _loss_gradient_meta, lib=library)
+torch.library.register_autograd(
+    "dlb_fused::loss", _operator_backward, setup_context=_setup_context, lib=library
+)

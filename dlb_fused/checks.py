@@ -1,0 +1,238 @@
+"""The checks at the door: each names the argument, what was expected and what came. None asks the
+device anything."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_logits(logits: Tensor, labels: Tensor) -> None:
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
+        bad, name = (labels, "labels") if isinstance(logits, Tensor) else (logits, "logits")
+        raise TypeError(f"{name} must be a tensor, got {type(bad).__name__}")
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must have shape (B, C) with C > 0, got {tuple(logits.shape)}")
+    if logits.dtype not in DTYPES:
+        raise TypeError(
+            f"logits must be float32, bfloat16, float16 or float64, got {dtype_name(logits)}"
+        )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64 class indices, got {dtype_name(labels)}")
+    if labels.dim() != 1 or len(labels) != len(logits):
+        raise ValueError(
+            f"labels must have shape ({len(logits)},), one for each row of logits, "
+            f"got {tuple(labels.shape)}"
+        )
+    check_device("labels", labels, logits)
+
+
+def check_last_logits(last_logits: Tensor, logits: Tensor) -> Tensor:
+    if not isinstance(last_logits, Tensor):
+        raise TypeError(f"last_logits must be a tensor, got {type(last_logits).__name__}")
+    if last_logits.dim() != 2:
+        hint = "; did you mean weight=?" if last_logits.dim() == 1 else ""
+        raise ValueError(
+            f"last_logits must have shape (m, C), got {tuple(last_logits.shape)}{hint}"
+        )
+    m, C = last_logits.shape
+    if C != logits.shape[1]:
+        raise ValueError(f"last_logits must have the {logits.shape[1]} classes of logits, got {C}")
+    if m > len(logits):
+        raise ValueError(f"last_logits has {m} rows, more than the {len(logits)} rows of logits")
+    if last_logits.dtype not in DTYPES:
+        raise TypeError(
+            "last_logits must be float32, bfloat16, float16 or float64, "
+            f"got {dtype_name(last_logits)}"
+        )
+    if (last_logits.dtype == torch.float64) != (logits.dtype == torch.float64):
+        raise TypeError(
+            "last_logits and logits must both be float64 or neither, "
+            f"got {dtype_name(last_logits)} and {dtype_name(logits)}"
+        )
+    if last_logits.requires_grad:
+        raise ValueError("last_logits requires grad, but no gradient flows to it: pass it detached")
+    check_device("last_logits", last_logits, logits)
+    return rows_contiguous(last_logits)
+
+
+def check_ids(ids: Tensor, logits: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        came = dtype_name(ids) if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be an int64 tensor, got {came}")
+    if ids.dim() != 1 or len(ids) != len(logits):
+        raise ValueError(
+            f"ids must have shape ({len(logits)},), one for each row of logits, "
+            f"got {tuple(ids.shape)}"
+        )
+    check_device("ids", ids, logits)
+
+
+def check_options(
+    logits: Tensor,
+    m: int,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    temperature: float | Tensor,
+    alpha: float | Tensor,
+    normalizer: tuple[Tensor | float, Tensor | float] | None,
+    grad_scale: float | Tensor | None,
+) -> tuple[Any, ...]:
+    """The fields weight ... grad_scale of `LossArgs`, in that order."""
+    ce_count, kl_count = (
+        (None, None) if normalizer is None else check_normalizer(normalizer, logits)
+    )
+    return (
+        None if weight is None else check_weight(weight, logits),
+        check_ignore_index(ignore_index),
+        check_label_smoothing(label_smoothing),
+        check_setting("temperature", temperature, logits, m),
+        check_setting("alpha", alpha, logits, m),
+        ce_count,
+        kl_count,
+        1.0 if grad_scale is None else check_grad_scale(grad_scale, logits),
+    )
+
+
+def check_weight(weight: Tensor, logits: Tensor) -> Tensor:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if weight.shape != logits.shape[1:]:
+        raise ValueError(
+            f"weight must have shape ({logits.shape[1]},), one for each class, "
+            f"got {tuple(weight.shape)}"
+        )
+    check_constant("weight", weight, logits)
+    return weight.to(real_dtype(logits)).contiguous()
+
+
+def check_ignore_index(ignore_index: int) -> int:
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    return ignore_index
+
+
+def check_label_smoothing(label_smoothing: float) -> float:
+    if not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing must be a float, got {type(label_smoothing).__name__}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    return float(label_smoothing)
+
+
+def check_setting(name: str, value: float | Tensor, logits: Tensor, m: int) -> float | Tensor:
+    """temperature or alpha: a float, or a tensor of logits' real dtype and of shape () or (m,)."""
+    low = "> 0" if name == "temperature" else ">= 0"
+    if isinstance(value, Tensor):
+        if value.dim() > 1 or (value.dim() == 1 and len(value) != m):
+            raise ValueError(
+                f"{name} must be a float, a 0-dim tensor, or a tensor of shape ({m},), one for "
+                f"each overlap row; got shape {tuple(value.shape)}"
+            )
+        check_constant(name, value, logits)
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+            good = value.isfinite() & (value > 0 if name == "temperature" else value >= 0)
+            if not good.all():
+                raise ValueError(f"{name} must be finite and {low}, got {value[~good][0].item()}")
+        return value.to(real_dtype(logits)).contiguous()
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
+    if not (0 < value < math.inf or (value == 0 and name == "alpha")):
+        raise ValueError(f"{name} must be finite and {low}, got {value}")
+    return float(value)
+
+
+def check_grad_scale(grad_scale: float | Tensor, logits: Tensor) -> float | Tensor:
+    if isinstance(grad_scale, Tensor):
+        if grad_scale.dim() != 0:
+            raise ValueError(
+                f"grad_scale must be a float or a 0-dim tensor, got shape {tuple(grad_scale.shape)}"
+            )
+        check_constant("grad_scale", grad_scale, logits)
+        return grad_scale.to(real_dtype(logits))
+    if not isinstance(grad_scale, (int, float)):
+        raise TypeError(f"grad_scale must be a float or a tensor, got {type(grad_scale).__name__}")
+    if not -math.inf < grad_scale < math.inf:
+        raise ValueError(f"grad_scale must be finite, got {grad_scale}")
+    return float(grad_scale)
+
+
+def check_normalizer(
+    normalizer: tuple[Tensor | float, Tensor | float], logits: Tensor
+) -> tuple[Tensor, ...]:
+    if not isinstance(normalizer, (tuple, list)) or len(normalizer) != 2:
+        raise TypeError("normalizer must be a pair (ce_count, kl_count)")
+    counts = []
+    for name, count in zip(("ce_count", "kl_count"), normalizer, strict=True):
+        if not isinstance(count, Tensor):
+            count = logits.new_full((), count, dtype=real_dtype(logits))
+        if count.dim() != 0:
+            raise ValueError(
+                f"{name} of normalizer must be a 0-dim tensor, got shape {tuple(count.shape)}"
+            )
+        check_device(f"{name} of normalizer", count, logits)
+        counts.append(count.detach().to(real_dtype(logits)))
+    return tuple(counts)
+
+
+def check_inplace(logits: Tensor, rows: Tensor, last_logits: Tensor | None) -> None:
+    """`rows` is what `rows_contiguous` made of the logits."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("inplace=True cannot be used under torch.compile")
+    if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("inplace=True would overwrite a leaf that requires grad")
+    if rows is not logits:
+        raise RuntimeError("inplace=True needs logits whose last stride is 1")
+    if overlaps_itself(logits):
+        raise RuntimeError("inplace=True needs logits whose rows do not share memory")
+    if last_logits is not None and share_memory(logits, last_logits):
+        raise RuntimeError("inplace=True would overwrite last_logits, which share their memory")
+
+
+def check_constant(name: str, value: Tensor, logits: Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(f"{name} requires grad, but it cannot be learned: pass it detached")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {dtype_name(value)}")
+    check_device(name, value, logits)
+
+
+def check_device(name: str, value: Tensor, logits: Tensor) -> None:
+    if value.device != logits.device:
+        raise ValueError(f"{name} must be on {logits.device} like logits, got {value.device}")
+
+
+def real_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def dtype_name(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def rows_contiguous(value: Tensor) -> Tensor:
+    """Kernels take any row stride; classes must lie side by side."""
+    return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
+
+
+def overlaps_itself(value: Tensor) -> bool:
+    return len(value) > 1 and value.stride(0) < value.shape[1]
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges of two (rows, C) tensors meet."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    first, last = (max(x.data_ptr() for x in (a, b)), min(map(end_ptr, (a, b))))
+    return first < last
+
+
+def end_ptr(value: Tensor) -> int:
+    steps = (len(value) - 1) * value.stride(0) + (value.shape[1] - 1) * value.stride(1)
+    return value.data_ptr() + (steps + 1) * value.element_size()

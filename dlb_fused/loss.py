@@ -1,0 +1,463 @@
+"""The public loss: `dlb_loss`, a pure function, and `DLBLoss`, the module that owns the cache of
+last logits."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dlb_fused import backends
+from dlb_fused.autograd import Computed, compute
+from dlb_fused.backends import CachePair, LossArgs
+from dlb_fused.cache import (
+    FORMAT,
+    Cache,
+    ChainWatch,
+    caches_from_state,
+    match_rows,
+    rank_and_world,
+)
+from dlb_fused.checks import (
+    check_ids,
+    check_inplace,
+    check_last_logits,
+    check_logits,
+    check_options,
+    rows_contiguous,
+)
+
+
+class DLBParts(NamedTuple):
+    """The loss and what it is made of, 0-dim tensors; all but `loss` are detached.
+
+    loss = ce + α·τ²·kl for scalar α and τ. ce_count is the number of valid rows (with `weight` the
+    sum of their weights), kl_count the number of rows that were distilled.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    ce_count: Tensor
+    kl_count: Tensor
+
+
+def dlb_loss(
+    logits: Tensor,
+    labels: Tensor,
+    last_logits: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    temperature: float | Tensor = 3.0,
+    alpha: float | Tensor = 1.0,
+    normalizer: tuple[Tensor | float, Tensor | float] | None = None,
+    grad_scale: float | Tensor | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+    return_parts: bool = False,
+) -> Tensor | DLBParts:
+    r"""Cross-entropy of all rows + α·τ²·KL(last_logits || logits) at temperature τ on rows [:m].
+
+    Shen et al., *Self-Distillation from the Last Mini-Batch for Consistency Regularization*, CVPR
+    2022. Loss and gradient come from one kernel; each row of logits and last_logits is read once.
+
+    Args:
+        logits: (B, C) float32, bfloat16, float16 or float64; any row stride (a column stride costs
+            a copy).
+        labels: (B,) int64, each in [0, C) or ignore_index.
+        last_logits: (m, C), m ≤ B: what the last iteration gave for rows [:m], or a teacher's
+            logits. Not differentiated. None or m = 0: plain cross-entropy. Its dtype may differ
+            from that of logits, but float64 goes with float64.
+        weight: (C,) class weights of the cross-entropy, as in torch; the KL is not weighted.
+        ignore_index: rows with this label have no loss, no KL and a gradient of 0.
+        label_smoothing: in [0, 1], of the cross-entropy, as in torch.
+        temperature: τ > 0: a float, a 0-dim tensor, or a tensor (m,) with one value a row.
+        alpha: α ≥ 0, likewise.
+        normalizer: (ce_count, kl_count), 0-dim tensors or numbers in place of the number of valid
+            rows (or their weight sum) and of distilled rows: for data-parallel training and
+            gradient accumulation.
+        grad_scale: the upstream gradient to expect, e.g. `GradScaler`'s scale or 1/accumulation
+            steps. The gradient is stored with it, in fp32 before the last cast, and is right for
+            any other upstream gradient too, by computing it again.
+        inplace: write the gradient over logits. They must not be a leaf; one backward only.
+        backend: "auto", or a name from `dlb_fused.BACKENDS`; a name runs or raises.
+        return_parts: return `DLBParts` in place of the loss.
+
+    Returns:
+        0-dim float32 tensor (float64 for float64 logits). It is 0 with gradient 0 where torch gives
+        NaN for want of rows: an empty batch, all labels ignored, a weight sum of 0.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
+        IndexError: a label is out of range (CPU). On a GPU the loss and that row's gradient become
+            NaN instead, and likewise for a bad value in a temperature or alpha tensor: to ask
+            would be a host sync.
+        RuntimeError: the named backend cannot run here (with its reason), or `inplace` would break
+            autograd.
+
+    Equivalent to, with scalar α, τ and no ignored rows::
+
+        F.cross_entropy(logits, labels, weight, label_smoothing=label_smoothing)
+        + alpha * temperature**2 * F.kl_div(
+            F.log_softmax(logits[:m] / temperature, dim=1),
+            F.softmax(last_logits / temperature, dim=1), reduction="batchmean")
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> loss = dlb_loss(logits, torch.tensor([0, 1]), last_logits=torch.tensor([[1.0, 0.0]]))
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}")
+        0.3390
+    """
+    check_logits(logits, labels)
+    m = 0
+    if last_logits is not None:
+        last_logits = check_last_logits(last_logits, logits)
+        m = len(last_logits)
+    options = check_options(
+        logits, m, weight, ignore_index, label_smoothing, temperature, alpha, normalizer, grad_scale
+    )
+    need_grad = logits.requires_grad and torch.is_grad_enabled()
+    rows = rows_contiguous(logits)
+    if inplace:
+        check_inplace(logits, rows, last_logits)
+    teacher = (last_logits, m, None, None, None)
+    gradient = (need_grad, inplace and need_grad)
+    args = LossArgs(*(rows, labels.contiguous(), *teacher, *options, *gradient))
+    computed = compute(args, backend)
+    return parts_of(computed) if return_parts else computed.loss
+
+
+def parts_of(computed: Computed) -> DLBParts:
+    return DLBParts(computed.loss, *computed.parts.unbind())
+
+
+class Lesson(NamedTuple):
+    """What the cache says of one batch; the first five are fields of `LossArgs`."""
+
+    last_logits: Tensor | None
+    overlap: int
+    teacher_rows: Tensor | None
+    last_labels: Tensor | None
+    last_valid: Tensor | None
+    fresh: int
+    pair: CachePair | None = None
+
+
+NO_LESSON = Lesson(None, 0, None, None, None, 0)
+
+
+class ChainStats(NamedTuple):
+    """Overlap rows since the start or the last `reset()`, as numbers."""
+
+    matched: int  # distilled
+    mismatched: int  # another sample than the cached row, found by the guard or by ids
+    skipped: int  # teacher not finite, label ignored, or a right row in a step that was dropped
+
+
+class DLBLoss(nn.Module):
+    """`dlb_loss` with its cache: for `nn.CrossEntropyLoss` in a loop over `OverlapBatchSampler`.
+
+    Rows [:m] of a batch must be the fresh rows of the batch before (m = cached rows, known without
+    asking the device); rows [m:] are fresh, and are kept for the next call. A guard compares the
+    cached labels with labels[:m] on the device: if one differs, that step is computed without KL,
+    and a warning comes once. The cache is read and written only in training mode, with grad mode
+    on, for logits that require grad; validation cannot touch it.
+
+    Args:
+        temperature, alpha, weight, ignore_index, label_smoothing, normalizer, grad_scale, inplace,
+            backend: as for `dlb_loss`; temperature and alpha may be given anew for each call.
+        keep: "copy" (the kernel copies the fresh rows) or "view" (a reference to the logits: no
+            copy, but they must not be written to, and the whole batch of logits stays in memory for
+            a step).
+        lag: the overlap repeats the batch `lag` calls ago: micro-batches of an optimizer step under
+            accumulation.
+        capturable: static buffers whose roles are decided on the device, for CUDA graphs: every
+            batch then has n fresh rows and an overlap of n (or none). Two forwards before the first
+            backward are refused by autograd.
+
+    The cache travels in `state_dict()`, not in buffers (data-parallel wrappers overwrite those).
+
+    Example:
+        >>> criterion = DLBLoss(temperature=3.0, alpha=1.0)
+        >>> first = torch.randn(2, 5, requires_grad=True)   # the first batch is all fresh
+        >>> loss = criterion(first, torch.tensor([1, 4]))
+        >>> second = torch.randn(4, 5, requires_grad=True)  # rows 0, 1: the same samples
+        >>> loss = criterion(second, torch.tensor([1, 4, 0, 2]))
+        >>> criterion.stats()
+        ChainStats(matched=2, mismatched=0, skipped=0)
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 3.0,
+        alpha: float | Tensor = 1.0,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        normalizer: tuple[Tensor | float, Tensor | float] | None = None,
+        grad_scale: float | Tensor | None = None,
+        inplace: bool = False,
+        backend: str = "auto",
+        keep: str = "copy",
+        lag: int = 1,
+        capturable: bool = False,
+    ) -> None:
+        super().__init__()
+        if keep not in ("copy", "view"):
+            raise ValueError(f"keep must be 'copy' or 'view', got {keep!r}")
+        if type(lag) is not int or lag < 1:
+            raise ValueError(f"lag must be an int >= 1, got {lag!r}")
+        if inplace and keep == "view":
+            raise ValueError("inplace=True overwrites the logits that keep='view' would keep")
+        if capturable and (keep == "view" or lag > 1):
+            raise ValueError("capturable=True needs keep='copy' and lag=1")
+        if backend != "auto":
+            backends.load(backend)
+        self.temperature, self.alpha = temperature, alpha
+        self.weight: Tensor | None
+        self.register_buffer("weight", weight)
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.normalizer, self.grad_scale = normalizer, grad_scale
+        self.inplace, self.backend = inplace, backend
+        self.keep, self.lag, self.capturable = keep, lag, capturable
+        self._caches: list[Cache | None] = []  # oldest first, at most `lag` of them
+        self._pending: list[Cache | None] = []  # of a call with commit=False
+        self._pair: CachePair | None = None  # in place of _caches if capturable
+        self._written_by: tuple[int, int] | None = None  # rank and world of a loaded state
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._stats: Tensor | None = None
+        self._watch = ChainWatch()
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ids: Tensor | None = None,
+        *,
+        overlap: int | None = None,
+        temperature: float | Tensor | None = None,
+        alpha: float | Tensor | None = None,
+        commit: bool = True,
+    ) -> Tensor:
+        """The loss of one batch, a 0-dim tensor.
+
+        Args:
+            logits: (B, C). labels: (B,) int64.
+            ids: (B,) int64, which sample each row is. With them (in this call and the last) rows
+                are matched inside [:m]: permuted or missing rows are fine, and only rows without a
+                partner lose their KL.
+            overlap: m, if it is not the number of cached rows.
+            commit: False keeps the fresh rows pending until `commit()`.
+
+        Raises:
+            ValueError: the batch is smaller than its overlap, or a wrong shape; see `dlb_loss` for
+                the others.
+        """
+        check_logits(logits, labels)
+        if ids is not None:
+            check_ids(ids, logits)
+        training = self.training and torch.is_grad_enabled() and logits.requires_grad
+        lesson = self._lesson(logits, ids, overlap) if training else NO_LESSON
+        options = check_options(
+            logits,
+            lesson.overlap,
+            self.weight,
+            self.ignore_index,
+            self.label_smoothing,
+            self.temperature if temperature is None else temperature,
+            self.alpha if alpha is None else alpha,
+            self.normalizer,
+            self.grad_scale,
+        )
+        rows = rows_contiguous(logits)
+        if self.inplace:
+            check_inplace(logits, rows, lesson.last_logits)
+        need_grad = logits.requires_grad and torch.is_grad_enabled()
+        gradient = (need_grad, self.inplace and need_grad)
+        keep = (lesson.fresh, self.keep == "copy", self._stats if training else None, lesson.pair)
+        args = LossArgs(*(rows, labels.contiguous(), *lesson[:5], *options, *gradient, *keep))
+        computed = compute(args, self.backend)
+        self._last = (computed.loss.detach(), computed.parts)
+        if training:
+            self._remember(computed, logits, ids, lesson, commit)
+        return computed.loss
+
+    def _lesson(self, logits: Tensor, ids: Tensor | None, overlap: int | None) -> Lesson:
+        """Which rows are taught by which of the cache, and how many are fresh."""
+        refuse_export()
+        if self._stats is None or self._stats.device != logits.device:
+            self._stats = torch.zeros(3, dtype=torch.int64, device=logits.device)
+        B = len(logits)
+        if overlap is not None and not (type(overlap) is int and 0 <= overlap <= B):
+            raise ValueError(f"overlap must be an int from 0 to {B}, got {overlap!r}")
+        if self.capturable:
+            return self._static_lesson(logits, ids, overlap)
+        refuse_capture(logits)
+        cache = self._teacher(logits)
+        m = overlap if overlap is not None else (0 if cache is None else len(cache.labels))
+        if m > B:
+            raise ValueError(
+                f"the batch is smaller than its overlap: it has {B} rows, but {m} rows of the last "
+                "batch are cached and must come first; use OverlapBatchSampler, pass overlap=, or "
+                "call reset() when a new chain begins"
+            )
+        if cache is None or m == 0:
+            return Lesson(None, 0, None, None, None, B - m)
+        if ids is not None and cache.ids is not None:
+            rows = match_rows(ids[:m], cache.ids)
+            return Lesson(cache.logits, m, rows, None, cache.valid, B - m)
+        taught = min(m, len(cache.labels))
+        return Lesson(cache.logits[:taught], taught, None, cache.labels, cache.valid, B - m)
+
+    def _teacher(self, logits: Tensor) -> Cache | None:
+        """The cache of `lag` calls ago, if it can teach these logits; else it is dropped with a
+        warning."""
+        if self._written_by not in (None, rank_and_world()):
+            self._drop("it was written by rank {} of {}".format(*self._written_by))  # type: ignore[misc]
+        self._written_by = None
+        cache = self._caches[0] if len(self._caches) == self.lag else None
+        if cache is None:
+            return None
+        if cache.logits.shape[1] != logits.shape[1]:
+            self._drop(f"it has {cache.logits.shape[1]} classes, logits have {logits.shape[1]}")
+            return None
+        cache.check_version()
+        return cache.on(logits)
+
+    def _drop(self, why: str) -> None:
+        self._caches.clear()
+        warnings.warn(f"DLBLoss drops its cache: {why}", RuntimeWarning, stacklevel=7)
+
+    def _static_lesson(self, logits: Tensor, ids: Tensor | None, overlap: int | None) -> Lesson:
+        refuse_pair(self.backend, logits, ids)
+        B, C = logits.shape
+        if self._pair is None:
+            self._pair = self._new_pair(logits, B - (overlap or 0))
+        _, rows, classes = self._pair.logits.shape
+        m = overlap if overlap is not None else (rows if B == 2 * rows else 0)
+        if classes != C or B - m != rows or m not in (0, rows):
+            raise ValueError(
+                f"capturable=True needs {rows} fresh rows of {classes} classes after an overlap of "
+                f"{rows} rows or none, got {B} rows of {C} classes with an overlap of {m}"
+            )
+        return Lesson(None, m, None, None, None, rows, self._pair)
+
+    def _new_pair(self, logits: Tensor, rows: int) -> CachePair:
+        """Two empty slots; slot 0 holds the cache of a loaded state, if there is one that fits."""
+        cache = self._teacher(logits)
+        rows = rows if cache is None else len(cache.labels)
+        new = logits.new_zeros
+        pair = CachePair(
+            new(2, rows, logits.shape[1]),
+            new(2, rows, dtype=torch.int64),
+            new(2, rows, dtype=torch.uint8),
+            new(1, dtype=torch.int32),
+        )
+        if cache is not None:
+            for slots, value in zip(pair[:3], cache[:3], strict=True):
+                slots[0].copy_(value)
+        return pair
+
+    def _remember(
+        self, computed: Computed, logits: Tensor, ids: Tensor | None, lesson: Lesson, commit: bool
+    ) -> None:
+        if not self.capturable:
+            self._pending = [self._new_cache(computed, logits, ids, lesson.fresh)]
+            if commit:
+                self.commit()
+        if not torch.compiler.is_compiling() and self._stats is not None:
+            self._watch.look(self._stats, lesson.teacher_rows is not None)
+
+    def _new_cache(
+        self, computed: Computed, logits: Tensor, ids: Tensor | None, fresh: int
+    ) -> Cache | None:
+        _, _, kept, labels, valid = computed
+        if labels is None or valid is None:  # no fresh row
+            return None
+        ids = None if ids is None else ids[-fresh:].clone()
+        if kept is not None:
+            return Cache(kept, labels, valid, ids, None)
+        view = rows_contiguous(logits.detach())[-fresh:]
+        version = None if torch.compiler.is_compiling() else view._version
+        return Cache(view, labels, valid, ids, version)
+
+    def commit(self) -> None:
+        """Makes the fresh rows of the last call with commit=False the newest of the cache."""
+        self._caches = [*self._caches, *self._pending][-self.lag :]
+        self._pending = []
+
+    @property
+    def parts(self) -> DLBParts:
+        """The parts of the last call's loss, all detached. Raises RuntimeError before the first
+        call."""
+        if self._last is None:
+            raise RuntimeError("DLBLoss.parts: there was no call yet")
+        return DLBParts(self._last[0], *self._last[1].unbind())
+
+    def stats(self) -> ChainStats:
+        """Counts of overlap rows so far. Waits for the device."""
+        return ChainStats(*(self._stats.tolist() if self._stats is not None else (0, 0, 0)))
+
+    def reset(self) -> None:
+        """Forgets the last logits and the counts: the next batch begins a new chain."""
+        self._caches, self._pending, self._written_by = [], [], None
+        for counts in (self._stats, self._pair and self._pair.valid):
+            if counts is not None:
+                counts.zero_()
+        self._watch = ChainWatch()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        caches = self._caches
+        if self._pair is not None:
+            slot = int(self._pair.parity)
+            logits, labels, valid = (x[slot].clone() for x in self._pair[:3])
+            caches = [Cache(logits, labels, valid, None, None) if valid.any() else None]
+        rank, world = rank_and_world()
+        states = [None if cache is None else cache.state() for cache in caches]
+        return {"format": FORMAT, "lag": self.lag, "rank": rank, "world": world, "caches": states}
+
+    def set_extra_state(self, state: Any) -> None:
+        caches = caches_from_state(state)
+        self.reset()
+        if state["lag"] != self.lag:
+            self._drop(f"it was written with lag={state['lag']}, this is lag={self.lag}")
+            return
+        self._caches = caches
+        self._written_by = (state["rank"], state["world"])
+        self._pair = None  # filled from the cache at the next call
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, alpha={self.alpha}, backend={self.backend!r}"
+
+
+def refuse_export() -> None:
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "a DLBLoss in training mode cannot be exported: the graph would hold the first step's "
+            "cache for ever; export dlb_loss, or call eval() first"
+        )
+
+
+def refuse_capture(logits: Tensor) -> None:
+    if torch.compiler.is_compiling() or not logits.is_cuda:
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("to capture DLBLoss in a CUDA graph, make it with capturable=True")
+
+
+def refuse_pair(backend: str, logits: Tensor, ids: Tensor | None) -> None:
+    if ids is not None:
+        raise ValueError("capturable=True compares labels and takes no ids")
+    if torch.compiler.is_compiling():
+        raise RuntimeError("capturable=True is for CUDA graphs in eager mode, not torch.compile")
+    if not backends.has_pair(backends.choose(backend, logits)):
+        raise RuntimeError(
+            f"capturable=True needs one of the backends {backends.WITH_PAIR}, "
+            f"but backend={backend!r} is another one on {logits.device}"
+        )

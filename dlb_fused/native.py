@@ -1,0 +1,141 @@
+"""The backend `cpu`: the compiled kernel of csrc/cpu, for CPU tensors.
+
+Everything crosses the border as addresses and numbers in one packed struct (`DlbArgs` in
+csrc/cpu/args.h); the tensors named in `LossArgs` keep the memory alive during the call.
+"""
+
+from __future__ import annotations
+
+import struct
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dlb_fused.backends import LossArgs, LossOutputs
+from dlb_fused.reference import label_out_of_range
+
+_kernel: ModuleType | None = None
+_missing = ""
+try:
+    from dlb_fused import _cpu as _kernel  # type: ignore[no-redef, attr-defined]
+except ImportError as error:
+    _missing = str(error)
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_pack = struct.Struct("@8q19Q3d6i").pack
+
+
+def why_not(logits: Tensor) -> str | None:
+    if _kernel is None:
+        return (
+            f"the compiled module dlb_fused._cpu is missing ({_missing}); install a C++ compiler "
+            "and then dlb_fused again"
+        )
+    if logits.device.type != "cpu":
+        return f"it takes CPU tensors, and logits are on {logits.device}"
+    if logits.dtype not in _DTYPES:
+        return f"it has no kernel for {logits.dtype}"
+    return None
+
+
+def forward(args: LossArgs) -> LossOutputs:
+    logits, fresh = args.logits, args.fresh
+    real = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    loss = torch.empty((), dtype=real)
+    parts = torch.empty(4, dtype=real)
+    dlogits = next_logits = next_labels = next_valid = None
+    if args.need_grad:
+        dlogits = logits.detach() if args.inplace else _empty_rows(logits, len(logits))
+    if fresh:
+        next_labels = torch.empty(fresh, dtype=torch.int64)
+        next_valid = torch.empty(fresh, dtype=torch.uint8)
+        if args.copy_logits:
+            next_logits = _empty_rows(logits, fresh)
+    scale = args.grad_scale
+    if not isinstance(scale, Tensor):
+        scale = None if scale == 1 else torch.tensor(scale, dtype=real)
+    new = (loss, parts, dlogits, next_logits, next_labels, next_valid)
+    _call(args, args.ce_count, args.kl_count, scale, (*new, args.stats), fresh)
+    return LossOutputs(*new)
+
+
+def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | None) -> Tensor:
+    if dlogits is None:
+        dlogits = _empty_rows(args.logits, len(args.logits))
+    elif _same(dloss, args.grad_scale):
+        return dlogits
+    _call(args, parts[2], parts[3], dloss, (None, None, dlogits, None, None, None, None), 0)
+    return dlogits
+
+
+def rescale_(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> None:
+    if not _same(dloss, grad_scale):
+        dlogits.mul_((dloss / grad_scale).item())  # a Python number is not rounded to fp16 first
+
+
+def _same(dloss: Tensor, grad_scale: float | Tensor) -> bool:
+    """Compared as the kernel sees them, in the type of dloss."""
+    return dloss.item() == grad_scale or bool(dloss == grad_scale)
+
+
+def _empty_rows(logits: Tensor, rows: int) -> Tensor:
+    return torch.empty((rows, logits.shape[1]), dtype=logits.dtype)
+
+
+def _call(
+    args: LossArgs,
+    ce_count: Tensor | None,
+    kl_count: Tensor | None,
+    grad_scale: Tensor | None,
+    outputs: tuple[Tensor | None, ...],
+    fresh: int,
+) -> None:
+    assert _kernel is not None
+    logits, last, dlogits = args.logits, args.last_logits, outputs[2]
+    B, C = logits.shape
+    temperature, alpha = args.temperature, args.alpha
+    temperatures = temperature if isinstance(temperature, Tensor) else None
+    alphas = alpha if isinstance(alpha, Tensor) else None
+    inputs = (
+        logits,
+        args.labels,
+        last,
+        args.teacher_rows,
+        args.last_labels,
+        args.last_valid,
+        args.weight,
+        temperatures,
+        alphas,
+        ce_count,
+        kl_count,
+        grad_scale,
+    )
+    bad_row = _kernel.loss(
+        _pack(
+            B,
+            C,
+            args.overlap,
+            fresh,
+            logits.stride(0),
+            0 if last is None else last.stride(0),
+            C if dlogits is None else dlogits.stride(0),
+            args.ignore_index,
+            *[0 if x is None else x.data_ptr() for x in inputs],
+            *[0 if x is None else x.data_ptr() for x in outputs],
+            0.0 if temperatures is not None else temperature,
+            0.0 if alphas is not None else alpha,
+            args.label_smoothing,
+            _DTYPES[logits.dtype],
+            0 if last is None else _DTYPES[last.dtype],
+            0 if temperatures is None else temperatures.dim(),
+            0 if alphas is None else alphas.dim(),
+            torch.get_num_threads(),
+            0,
+        )
+    )
+    if bad_row == _kernel.NO_MEMORY:
+        raise MemoryError("dlb_loss: no memory for the working buffers of the CPU kernel")
+    if bad_row != _kernel.DONE:
+        label = int(args.labels[bad_row])
+        raise IndexError(label_out_of_range(bad_row, label, C, args.ignore_index))

@@ -1,0 +1,1013 @@
+"""The backend `triton`: one launch forward, one launch backward.
+
+Rows of up to `8192 padded columns are read once and stay in registers (`_tile_kernel`, several
+short rows a program). Longer rows are read twice (`_loop_kernel`): maxima and sums, then the
+gradient. Both compute equations (1) to (6) of `reference.py` in real: fp64 for fp64 logits, else
+fp32. Exponents are in base 2: x2 = fma(z, log2(e), -M) with M = round(max z · log2(e)). The
+rounding of M shifts all x2 of a row alike, by up to 1e-3 at an offset of 1e4, and no equation
+changes under a common shift, as long as all of its terms use x2. Nothing else needs correcting.
+
+Every program leaves its sums in a workspace; the last one to finish adds them up in a fixed order,
+so that the bits do not depend on the schedule. Each program counts the valid rows itself, from L2;
+above `_COUNT_WORK` labels in all, one small launch before sums them in chunks.
+
+Compiled once for each C and each set of options; never for the value of a float, B, m or a stride.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlb_fused.backends import LossArgs, LossOutputs
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    _MISSING: str | None = f"triton is not installed ({error})"
+
+    def jit(fn=None, **_):
+        return fn or jit
+else:
+    _MISSING = None
+    jit = triton.jit
+
+# Padded columns of 4-byte reals that one program can keep in registers without spilling, with the
+# warps for it: 4 to 16 elements a thread. Wider rows are read twice, _LOOP_BLOCK columns at a time.
+_WARPS = ((512, 2), (2048, 4), (4096, 8), (8192, 16))
+_LOOP_BLOCK = 2048
+_LOOP_WARPS = 8
+# Programs times labels up to which each program counts for itself: some 10 MB read from L2, about
+# the time of the launch that this saves.
+_COUNT_WORK = 1 << 20
+# Labels, and sums of programs, that a warp reads at once.
+_COUNT_WARP = 128
+_SUM_WARP = 256
+
+
+class Plan(NamedTuple):
+    """How the rows are laid out over programs."""
+
+    looped: bool
+    rows: int  # of a program
+    block: int  # columns that a program holds at once
+    vector: int  # looped: neighbouring columns with one running maximum
+    num_warps: int
+
+
+@functools.lru_cache(maxsize=None)
+def plan(columns: int, real_bytes: int, item_bytes: int) -> Plan:
+    """The one table of forms, tiles and warps, for rows of `columns` elements."""
+    scale = real_bytes // 4
+    block = 1 << (columns - 1).bit_length()
+    for widest, warps in _WARPS:
+        if block * scale <= widest:
+            # Several short rows: one access of 16 bytes a thread, 4 elements where rows are odd.
+            wide = columns * item_bytes % 16 == 0
+            tile = 32 * warps * (16 // item_bytes if wide else 4)
+            return Plan(False, max(1, min(32 * warps, tile // block)), block, 1, warps)
+    return Plan(True, 1, _LOOP_BLOCK // scale, 16 // item_bytes, _LOOP_WARPS)
+
+
+# The arguments of the kernels, in groups. A field that is None is left out of the compiled code.
+
+
+class Batch(NamedTuple):
+    labels: Any
+    teacher_rows: Any
+    last_labels: Any
+    last_valid: Any
+    weight: Any
+    parity: Any
+
+
+class Counts(NamedTuple):
+    ce: Any  # () real, the user's
+    kl: Any
+    chunks: Any  # what `_count_kernel` left
+    parts: Any  # backward: those that forward used
+
+
+class Cache(NamedTuple):
+    logits: Any
+    labels: Any
+    valid: Any
+
+
+class Sums(NamedTuple):
+    loss: Any
+    parts: Any
+    stats: Any
+    scratch: Any
+    counter: Any
+
+
+# ---- scalars ----
+
+
+@jit
+def _value(x, real: tl.constexpr):
+    """A scalar of the user: a device tensor, or the bits of a double."""
+    if x.dtype.is_ptr():
+        value = tl.load(x).to(real)
+    else:
+        value = x.to(tl.float64, bitcast=True).to(real)
+    return value
+
+
+@jit
+def _row_values(x, rows, taught, PER_ROW: tl.constexpr, real: tl.constexpr):
+    """The value of each row; 1 where it is not taught."""
+    if PER_ROW:
+        values = tl.load(x + rows, mask=taught, other=1.0).to(real)
+    else:
+        values = tl.where(taught, _value(x, real), 1.0)
+    return values
+
+
+@jit
+def _inverse(count):
+    return tl.where(count > 0, 1.0 / tl.where(count > 0, count, 1.0), 0.0)
+
+
+@jit
+def _log2e(real: tl.constexpr):
+    return tl.full((), 1.4426950408889634, real)
+
+
+@jit
+def _ln2(real: tl.constexpr):
+    return tl.full((), 0.6931471805599453, real)
+
+
+@jit
+def _exponent(z, top, real: tl.constexpr):
+    """z log2(e) - top with one rounding; top: the rounded maximum of z log2(e)."""
+    return tl.fma(z, _log2e(real), -top)
+
+
+@jit
+def _first_row(parity, slot_rows, BACKWARD: tl.constexpr):
+    """The first row of the cache's slot that teaches: `parity`, after forward the other one."""
+    first = tl.full((), 0, tl.int64)
+    if parity is not None:
+        slot = tl.load(parity)
+        if BACKWARD:
+            slot = 1 - slot
+        first = slot.to(tl.int64) * slot_rows
+    return first
+
+
+# ---- counts ----
+
+
+@jit
+def _teacher(rows, batch, size):
+    """The teacher's row for each row, and whether it has one that may teach."""
+    _, m, first, _ = size
+    may = rows < m
+    row = rows.to(tl.int64)
+    if batch.teacher_rows is not None:
+        row = tl.load(batch.teacher_rows + rows, mask=may, other=-1)
+        may = may & (row >= 0)
+    row += first
+    if batch.last_valid is not None:
+        may = may & (tl.load(batch.last_valid + row, mask=may, other=0) != 0)
+    return row, may
+
+
+@jit
+def _tally(rows, batch, size, C: tl.constexpr, TEACHER: tl.constexpr, real: tl.constexpr):
+    """For each row its part of ce_count, and as 0 or 1: is taught (guard apart), differs."""
+    B, m, _, ignore_index = size
+    y = tl.load(batch.labels + rows, mask=rows < B, other=ignore_index)
+    valid = y != ignore_index
+    if batch.weight is None:
+        ce = valid.to(real)
+    else:
+        ce = tl.load(batch.weight + y, mask=valid & (y >= 0) & (y < C), other=0.0).to(real)
+    taught = tl.zeros_like(rows)
+    differs = tl.zeros_like(rows)
+    if TEACHER:
+        row, may = _teacher(rows, batch, size)
+        taught = (may & valid).to(tl.int32)
+        if batch.last_labels is not None:
+            label = tl.load(batch.last_labels + row, mask=may, other=0)
+            differs = (may & (label != y)).to(tl.int32)
+        elif batch.teacher_rows is not None:
+            row = tl.load(batch.teacher_rows + rows, mask=rows < m, other=0)
+            differs = (row < 0).to(tl.int32)
+    return ce, taught, differs
+
+
+@jit
+def _count(batch, chunks, size, C: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr,
+           real: tl.constexpr):
+    """ce_count of the step, and its numbers of taught (guard apart) and of differing rows."""
+    B = size[0]
+    lane = tl.arange(0, BLOCK)
+    ce = tl.zeros([BLOCK], real)
+    taught = tl.zeros([BLOCK], tl.int32)
+    differs = tl.zeros([BLOCK], tl.int32)
+    if chunks is None:
+        for start in range(0, B, BLOCK):
+            one, two, three = _tally(start + lane, batch, size, C, TEACHER, real)
+            ce += one
+            taught += two
+            differs += three
+    else:
+        n = tl.cdiv(B, BLOCK)
+        for start in range(0, n, BLOCK):
+            i = start + lane
+            ce += tl.load(chunks + i, mask=i < n, other=0.0)
+            taught += tl.load(chunks + n + i, mask=i < n, other=0.0).to(tl.int32)
+            differs += tl.load(chunks + 2 * n + i, mask=i < n, other=0.0).to(tl.int32)
+    return tl.sum(ce, 0), tl.sum(taught, 0), tl.sum(differs, 0)
+
+
+@jit(do_not_specialize=["B", "m", "slot_rows", "ignore_index"])
+def _count_kernel(
+    batch, chunks, B: tl.int32, m: tl.int32, slot_rows: tl.int32, ignore_index: tl.int64,
+    C: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Counts of BLOCK rows a program, for batches too long for every program to count."""
+    real: tl.constexpr = chunks.dtype.element_ty
+    pid = tl.program_id(0)
+    n = tl.num_programs(0)
+    size = (B, m, _first_row(batch.parity, slot_rows, False), ignore_index)
+    rows = pid * BLOCK + tl.arange(0, BLOCK)
+    ce, taught, differs = _tally(rows, batch, size, C, TEACHER, real)
+    tl.store(chunks + pid, tl.sum(ce, 0))
+    tl.store(chunks + n + pid, tl.sum(taught, 0).to(real))
+    tl.store(chunks + 2 * n + pid, tl.sum(differs, 0).to(real))
+
+
+@jit
+def _step_counts(batch, counts, size, C: tl.constexpr, TEACHER: tl.constexpr,
+                 COUNT: tl.constexpr, BLOCK: tl.constexpr, real: tl.constexpr):
+    """ce_count, kl_count, and whether rows are taught; then taught and differing rows for stats."""
+    ce = tl.full((), 0, real)
+    kl = tl.full((), 0, real)
+    taught = tl.full((), 0, tl.int32)
+    differs = tl.full((), 0, tl.int32)
+    keep = tl.full((), 1, tl.int32)
+    if counts.parts is not None:
+        ce = tl.load(counts.parts + 2)
+        kl = tl.load(counts.parts + 3)
+        keep = (kl > 0).to(tl.int32)
+    else:
+        if COUNT:
+            ce, taught, differs = _count(batch, counts.chunks, size, C, TEACHER, BLOCK, real)
+            if batch.last_labels is not None:
+                keep = (differs == 0).to(tl.int32)
+                taught *= keep
+            kl = taught.to(real)
+        if counts.ce is not None:
+            ce = tl.load(counts.ce).to(real)
+        if counts.kl is not None:
+            kl = tl.load(counts.kl).to(real) * keep
+    return ce, kl, keep, taught, differs
+
+
+# ---- equations, for a vector of rows or for one ----
+
+
+@jit
+def _label_terms(sums, y, valid, share, batch, smoothing, C: tl.constexpr, real: tl.constexpr):
+    """Equations (2) and (5): ce_i, the factor of e_c, the gradient at the label, and ε share / C.
+
+    A label out of range makes all of them NaN.
+    """
+    other, x_y, w_sum, wx_sum = sums
+    known = (y >= 0) & (y < C)
+    e_y = tl.exp2(x_y)
+    total = other + e_y
+    log_total = tl.log2(total)
+    # Exactly 0 where no other class has weight, C = 1 among them.
+    nll = tl.where((other == 0) & (e_y > 0), 0.0, _ln2(real) * (log_total - x_y))
+    w_y = tl.where(known | (valid == 0), 1.0, float("nan")).to(real)
+    if batch.weight is not None:
+        w_y *= tl.load(batch.weight + y, mask=known & valid, other=1.0).to(real)
+    scale = share / total
+    if smoothing is None:
+        ce = w_y * nll
+        factor = scale * w_y
+        at_label = -factor * other
+        less = tl.zeros_like(ce)
+    else:
+        eps = _value(smoothing, real)
+        each = eps / C
+        own = (1.0 - eps) * w_y
+        ce = own * nll + each * _ln2(real) * (log_total * w_sum - wx_sum)
+        factor = scale * (own + each * w_sum)
+        at_label = scale * (each * (w_sum - w_y) * e_y - (own + each * w_y) * other)
+        less = tl.zeros_like(ce) + share * each
+    return tl.where(valid, ce, 0.0), factor, at_label, less
+
+
+@jit
+def _teaching(temperature, alpha, rows, taught, kl_share, TAUS: tl.constexpr, ALPHAS: tl.constexpr,
+              real: tl.constexpr):
+    """For each row τ, α, and the factor of equation (6), 0 where it is not taught.
+
+    A bad value of a taught row is NaN, and makes its row NaN.
+    """
+    tau = _row_values(temperature, rows, taught, TAUS, real)
+    tau = tl.where((tau > 0) & (tau < float("inf")), tau, float("nan"))
+    a = _row_values(alpha, rows, taught, ALPHAS, real)
+    a = tl.where(a >= 0, a, float("nan"))
+    return tau, a, tl.where(taught, a * tau * kl_share, 0.0)
+
+
+@jit
+def _distil_terms(dot, St, T, tau, alpha, taught, real: tl.constexpr):
+    """Equation (3) and the row's part of (4): kl_i and α τ² kl_i."""
+    kl = tl.where(taught, _ln2(real) * (dot / (T * tau) + tl.log2(St / T)), 0.0)
+    return kl, tl.where(taught & (alpha != 0), alpha * tau * tau * kl, 0.0)
+
+
+@jit
+def _divergence(q, u, x):
+    """Σ of this are the terms q (u - x): 0 for a class that the teacher excludes, +inf for one that
+    only the student excludes, even where q underflows."""
+    d = u - x
+    term = tl.where(d == float("inf"), d, q * d)
+    return tl.where(u == float("-inf"), 0.0, term)
+
+
+# ---- the end of a launch ----
+
+
+@jit
+def _total(values, n, BLOCK: tl.constexpr, real: tl.constexpr):
+    """The sum of n values that other programs left, always in the same order."""
+    lane = tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], real)
+    for start in range(0, n, BLOCK):
+        i = start + lane
+        acc += tl.load(values + i, mask=i < n, other=0.0, cache_modifier=".cg")
+    return tl.sum(acc, 0)
+
+
+@jit
+def _finish(own, counts, m, batch, sums, TEACHER: tl.constexpr, BLOCK: tl.constexpr,
+            real: tl.constexpr):
+    """Leaves the sums of this program; the last program writes loss, parts and stats.
+
+    The barrier orders the stores and reads of all threads before the release of one of them. The
+    counter goes back to 0 by an atomic: a plain store could be seen late by the next launch.
+    """
+    ce_count, kl_count, _, taught, differs = counts
+    n = tl.num_programs(0)
+    mine = sums.scratch + tl.program_id(0)
+    tl.store(mine, own[0])
+    if TEACHER:
+        tl.store(mine + n, own[1])
+        tl.store(mine + 2 * n, own[2])
+    tl.debug_barrier()
+    if tl.atomic_add(sums.counter, 1, sem="acq_rel") == n - 1:
+        tl.atomic_xchg(sums.counter, 0, sem="relaxed")
+        ce = _total(sums.scratch, n, BLOCK, real)
+        ce = tl.where(ce_count > 0, ce * _inverse(ce_count), 0.0)
+        kl = tl.full((), 0, real)
+        distil = tl.full((), 0, real)
+        if TEACHER:
+            kl = _total(sums.scratch + n, n, BLOCK, real)
+            kl = tl.where(kl_count > 0, kl * _inverse(kl_count), 0.0)
+            distil = _total(sums.scratch + 2 * n, n, BLOCK, real)
+            distil = tl.where(kl_count > 0, distil * _inverse(kl_count), 0.0)
+        tl.store(sums.loss, ce + distil)
+        tl.store(sums.parts, ce)
+        tl.store(sums.parts + 1, kl)
+        tl.store(sums.parts + 2, ce_count)
+        tl.store(sums.parts + 3, kl_count)
+        if sums.stats is not None:
+            tl.store(sums.stats, tl.load(sums.stats) + taught)
+            tl.store(sums.stats + 1, tl.load(sums.stats + 1) + differs)
+            tl.store(sums.stats + 2, tl.load(sums.stats + 2) + (m - taught - differs))
+        if batch.parity is not None:
+            tl.store(batch.parity, 1 - tl.load(batch.parity))
+
+
+# ---- what both forms of a row begin and end with ----
+
+
+@jit
+def _scales(grad_scale, dloss, real: tl.constexpr):
+    """The factor of the gradient to write, and whether the stored one already carries it."""
+    scale = _value(grad_scale, real)
+    done = tl.full((), 0, tl.int1)
+    if dloss is not None:
+        upstream = tl.load(dloss).to(real)
+        done = upstream == scale
+        scale = upstream
+    return scale, done
+
+
+@jit
+def _cache_row(rows, B, fresh, first):
+    """The row of the next cache for each row of the batch, and whether it has one."""
+    return rows - (B - fresh) + first, (rows >= B - fresh) & (rows < B)
+
+
+# ---- rows that stay in registers ----
+
+
+@jit
+def _tile_rows(
+    z, p, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing,
+    C: tl.constexpr, TAUS: tl.constexpr, ALPHAS: tl.constexpr, GRAD: tl.constexpr,
+    real: tl.constexpr,
+):
+    """Gradient of a tile; then for each row ce, kl, α τ² kl, and NaN if it must never teach."""
+    hit = cols[None, :] == tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)[:, None]
+    x = _exponent(z, (tl.max(z, 1) * _log2e(real))[:, None], real)
+    e = tl.exp2(x)
+    other = tl.sum(tl.where(hit, 0.0, e), 1)
+    x_y = tl.sum(tl.where(hit, x, 0.0), 1)
+    w_sum = tl.zeros_like(other)
+    wx_sum = w_sum
+    w = (cols < C).to(real)
+    if smoothing is not None:
+        if batch.weight is not None:
+            w = tl.load(batch.weight + cols, mask=cols < C, other=0.0).to(real)
+        w_sum += tl.sum(w, 0)
+        wx_sum = tl.sum(tl.where(w[None, :] == 0, 0.0, w[None, :] * x), 1)
+    ce, factor, at_label, less = _label_terms(
+        (other, x_y, w_sum, wx_sum), y, valid, shares[0], batch, smoothing, C, real
+    )
+    g = x
+    if GRAD:
+        g = e * factor[:, None]
+        if smoothing is not None:
+            g -= less[:, None] * w[None, :]
+        g = tl.where(hit, at_label[:, None], g)
+    kl = tl.zeros_like(ce)
+    distil = kl
+    if p is not None:
+        top = tl.where(taught, tl.max(p, 1) * _log2e(real), 0.0)
+        u = _exponent(p, top[:, None], real)
+        tau, a, share = _teaching(temperature, alpha, rows, taught, shares[1], TAUS, ALPHAS, real)
+        k = (1.0 / tau)[:, None]
+        q = tl.exp2(u * k)
+        s = tl.exp2(x * k)
+        T = tl.where(taught, tl.sum(q, 1), 1.0)
+        St = tl.sum(s, 1)
+        dot = tl.sum(_divergence(q, u, x), 1)
+        kl, distil = _distil_terms(dot, St, T, tau, a, taught, real)
+        if GRAD:
+            g += s * (share / St)[:, None] - q * (share / T)[:, None]
+    if GRAD:
+        g = tl.where(valid[:, None], g, 0.0)
+    return g, ce, kl, distil, other + x_y
+
+
+@jit(do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "B", "m", "fresh",
+                        "slot_rows", "step", "last_step", "out_step", "ignore_index"])
+def _tile_kernel(
+    logits, last_logits, dlogits, dloss, batch, counts, cache, sums,
+    temperature, alpha, grad_scale, smoothing,
+    B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
+    step: tl.int64, last_step: tl.int64, out_step: tl.int64, ignore_index: tl.int64,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    UNIT: tl.constexpr, COUNT: tl.constexpr, TAUS: tl.constexpr, ALPHAS: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr, real: tl.constexpr,
+):
+    """ROWS rows a program, each read once and written once.
+
+    Steps between rows come in units of UNIT elements: the compiler then sees their divisibility,
+    and with C known too, makes 128-bit accesses wherever the bytes of a row allow them.
+    """
+    TEACHER: tl.constexpr = last_logits is not None
+    BACKWARD: tl.constexpr = dloss is not None
+    scale, done = _scales(grad_scale, dloss, real)
+    if BACKWARD:
+        if done:
+            return
+    first = _first_row(batch.parity, slot_rows, BACKWARD)
+    size = (B, m, first, ignore_index)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    seen = (cols < C)[None, :]
+    inside = (rows < B)[:, None] & seen
+    row64 = rows.to(tl.int64)
+    raw = tl.load(logits + (row64 * step * UNIT)[:, None] + cols[None, :], mask=inside,
+                  other=float("-inf"), eviction_policy="evict_first")
+    y = tl.load(batch.labels + rows, mask=rows < B, other=ignore_index)
+    valid = y != ignore_index
+    taught = valid
+    p = None
+    if TEACHER:
+        row, may = _teacher(rows, batch, size)
+        taught = may & valid
+        p = tl.load(last_logits + (row * last_step * UNIT)[:, None] + cols[None, :],
+                    mask=taught[:, None] & seen, other=float("-inf"),
+                    eviction_policy="evict_first").to(real)
+
+    to, kept = _cache_row(rows, B, fresh, slot_rows - first)
+    if cache.labels is not None:
+        tl.store(cache.labels + to, y, mask=kept)
+    if cache.logits is not None:
+        tl.store(cache.logits + (to * C)[:, None] + cols[None, :], raw, mask=kept[:, None] & seen)
+    z = raw.to(real)
+    n = _step_counts(batch, counts, size, C, TEACHER, COUNT, COUNT_BLOCK, real)
+    shares = (scale * _inverse(n[0]), scale * _inverse(n[1]))
+    GRAD: tl.constexpr = dlogits is not None
+    if TEACHER:
+        taught = (taught.to(tl.int32) * n[2]) > 0
+        if tl.max(taught.to(tl.int32), 0) > 0:
+            g, ce, kl, distil, fit = _tile_rows(
+                z, p, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing,
+                C, TAUS, ALPHAS, GRAD, real)
+        else:
+            g, ce, kl, distil, fit = _tile_rows(
+                z, None, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing,
+                C, TAUS, ALPHAS, GRAD, real)
+    else:
+        g, ce, kl, distil, fit = _tile_rows(
+            z, None, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing,
+            C, TAUS, ALPHAS, GRAD, real)
+    if GRAD:
+        tl.store(dlogits + (row64 * out_step * UNIT)[:, None] + cols[None, :],
+                 g.to(dlogits.dtype.element_ty), mask=inside)
+    if cache.valid is not None:
+        tl.store(cache.valid + to, (fit == fit).to(tl.uint8), mask=kept)
+    if not BACKWARD:
+        own = (tl.sum(ce, 0), tl.sum(kl, 0), tl.sum(distil, 0))
+        _finish(own, n, m, batch, sums, TEACHER, SUM_BLOCK, real)
+
+
+# ---- long rows ----
+
+
+@jit
+def _loop_sums(
+    z_row, p_row, next_row, kept, y, k, weight, smoothing,
+    C: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, real: tl.constexpr,
+):
+    """First pass: max z log2(e), Σ_{c≠y} e, z_y, St, max z' log2(e), T, Σ w. Every VECTOR neighbouring columns
+    share a running maximum, which starts finite so that no difference is NaN without cause."""
+    LANES: tl.constexpr = BLOCK // VECTOR
+    lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    lowest = -1.7976931348623157e308 if real == tl.float64 else -3.4028234663852886e38
+    z_max = tl.full([LANES], lowest, real)
+    p_max = z_max
+    other = tl.zeros([LANES], real)
+    St = other
+    T = other
+    z_y = other
+    w_sum = other
+    for start in range(0, C, BLOCK):
+        col = start + lane
+        raw = tl.load(z_row + col, mask=col < C, other=float("-inf"), eviction_policy="evict_last")
+        if next_row is not None:
+            if kept:
+                tl.store(next_row + col, raw, mask=col < C)
+        z = raw.to(real)
+        hit = col == y
+        z_y += tl.sum(tl.where(hit, z, 0.0), 1)
+        top = tl.maximum(z_max, tl.max(z, 1) * _log2e(real))
+        x = _exponent(z, top[:, None], real)
+        e = tl.where(hit, 0.0, tl.exp2(x))
+        other = other * tl.exp2(z_max - top) + tl.sum(e, 1)
+        if p_row is not None:
+            p = tl.load(p_row + col, mask=col < C, other=float("-inf"),
+                        eviction_policy="evict_last").to(real)
+            p_top = tl.maximum(p_max, tl.max(p, 1) * _log2e(real))
+            St = St * tl.exp2((z_max - top) * k) + tl.sum(tl.exp2(x * k), 1)
+            q = tl.exp2(_exponent(p, p_top[:, None], real) * k)
+            T = T * tl.exp2((p_max - p_top) * k) + tl.sum(q, 1)
+            p_max = p_top
+        if smoothing is not None:
+            w = (col < C).to(real)
+            if weight is not None:
+                w = tl.load(weight + col, mask=col < C, other=0.0).to(real)
+            w_sum += tl.sum(w, 1)
+        z_max = top
+    z_top = tl.max(z_max, 0)
+    p_top = tl.max(p_max, 0)
+    other = tl.sum(other * tl.exp2(z_max - z_top), 0)
+    St = tl.sum(St * tl.exp2((z_max - z_top) * k), 0)
+    T = tl.sum(T * tl.exp2((p_max - p_top) * k), 0)
+    return z_top, other, tl.sum(z_y, 0), St, p_top, T, tl.sum(w_sum, 0)
+
+
+@jit
+def _loop_gradient(
+    z_row, p_row, out_row, y, valid, z_top, p_top, k, factors, weight, smoothing,
+    C: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, real: tl.constexpr,
+):
+    """Second pass: writes the gradient, returns Σ q (u - x) (without 1/T) and Σ w x. From the end of
+    the row to its start: what was read last is still in the caches."""
+    factor, at_label, less, from_student, from_teacher = factors
+    LANES: tl.constexpr = BLOCK // VECTOR
+    lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    dot = tl.zeros([LANES], real)
+    wx_sum = dot
+    LAST: tl.constexpr = (C - 1) // BLOCK * BLOCK
+    for back in range(0, C, BLOCK):
+        col = LAST - back + lane
+        z = tl.load(z_row + col, mask=col < C, other=float("-inf"),
+                    eviction_policy="evict_first").to(real)
+        x = _exponent(z, z_top, real)
+        w = (col < C).to(real)
+        if smoothing is not None:
+            if weight is not None:
+                w = tl.load(weight + col, mask=col < C, other=0.0).to(real)
+            wx_sum += tl.sum(tl.where(w == 0, 0.0, w * x), 1)
+        g = tl.exp2(x) * factor
+        if smoothing is not None:
+            g -= less * w
+        g = tl.where(col == y, at_label, g)
+        if p_row is not None:
+            p = tl.load(p_row + col, mask=col < C, other=float("-inf"),
+                        eviction_policy="evict_first").to(real)
+            u = _exponent(p, p_top, real)
+            q = tl.exp2(u * k)
+            g += tl.exp2(x * k) * from_student - q * from_teacher
+            dot += tl.sum(_divergence(q, u, x), 1)
+        if out_row is not None:
+            g = g.to(out_row.dtype.element_ty)
+            if valid:
+                tl.store(out_row + col, g, mask=col < C)
+            else:
+                tl.store(out_row + col, tl.zeros_like(g), mask=col < C)
+    return tl.sum(dot, 0), tl.sum(wx_sum, 0)
+
+
+@jit
+def _loop_row(
+    z_row, p_row, out_row, next_row, kept, y, valid, taught, row, shares, batch, temperature, alpha,
+    smoothing, C: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, TAUS: tl.constexpr,
+    ALPHAS: tl.constexpr, real: tl.constexpr,
+):
+    """Writes the gradient of a row; returns ce, kl, α τ² kl, and NaN if it must never teach."""
+    label = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
+    k = tl.full((), 1, real)
+    tau = k
+    a = k
+    share = k
+    if p_row is not None:
+        tau, a, share = _teaching(temperature, alpha, row, taught, shares[1], TAUS, ALPHAS, real)
+        k = 1.0 / tau
+    z_top, other, z_y, St, p_top, T, w_sum = _loop_sums(
+        z_row, p_row, next_row, kept, label, k, batch.weight, smoothing, C, BLOCK, VECTOR, real)
+    x_y = tl.where(label >= 0, _exponent(z_y, z_top, real), 0.0)
+    ce, factor, at_label, less = _label_terms(
+        (other, x_y, w_sum, w_sum), y, valid, shares[0], batch, smoothing, C, real)
+    kl = tl.full((), 0, real)
+    distil = kl
+    if out_row is not None or p_row is not None or smoothing is not None:
+        from_student = kl
+        from_teacher = kl
+        if p_row is not None:
+            from_student = share / St
+            from_teacher = share / T
+        dot, wx_sum = _loop_gradient(
+            z_row, p_row, out_row, label, valid, z_top, p_top, k,
+            (factor, at_label, less, from_student, from_teacher), batch.weight, smoothing,
+            C, BLOCK, VECTOR, real)
+        if smoothing is not None:
+            ce, _, _, _ = _label_terms(
+                (other, x_y, w_sum, wx_sum), y, valid, shares[0], batch, smoothing, C, real)
+        if p_row is not None:
+            kl, distil = _distil_terms(dot, St, T, tau, a, taught, real)
+    fit = tl.where(other + tl.exp2(x_y) > 0, 0.0, float("nan"))
+    return ce, kl, distil, fit
+
+
+@jit(do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "B", "m", "fresh",
+                        "slot_rows", "step", "last_step", "out_step", "ignore_index"])
+def _loop_kernel(
+    logits, last_logits, dlogits, dloss, batch, counts, cache, sums,
+    temperature, alpha, grad_scale, smoothing,
+    B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
+    step: tl.int64, last_step: tl.int64, out_step: tl.int64, ignore_index: tl.int64,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    UNIT: tl.constexpr, COUNT: tl.constexpr, TAUS: tl.constexpr, ALPHAS: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr, real: tl.constexpr,
+):
+    """One row a program, in two passes of BLOCK columns at a time."""
+    TEACHER: tl.constexpr = last_logits is not None
+    BACKWARD: tl.constexpr = dloss is not None
+    scale, done = _scales(grad_scale, dloss, real)
+    if BACKWARD:
+        if done:
+            return
+    first = _first_row(batch.parity, slot_rows, BACKWARD)
+    size = (B, m, first, ignore_index)
+    row = tl.program_id(0)
+    row64 = row.to(tl.int64)
+    y = tl.load(batch.labels + row)
+    valid = y != ignore_index
+    n = _step_counts(batch, counts, size, C, TEACHER, COUNT, COUNT_BLOCK, real)
+    shares = (scale * _inverse(n[0]), scale * _inverse(n[1]))
+    to, kept = _cache_row(row, B, fresh, slot_rows - first)
+    if cache.labels is not None:
+        tl.store(cache.labels + to, y, mask=kept)
+    z_row = logits + row64 * step * UNIT
+    out_row = None
+    if dlogits is not None:
+        out_row = dlogits + row64 * out_step * UNIT
+    next_row = None
+    if cache.logits is not None:
+        next_row = cache.logits + to * C
+    if TEACHER:
+        teacher, may = _teacher(row, batch, size)
+        taught = may & valid & (n[2] > 0)
+        if taught:
+            ce, kl, distil, fit = _loop_row(
+                z_row, last_logits + teacher * last_step * UNIT, out_row, next_row, kept, y, valid,
+                taught, row, shares, batch, temperature, alpha, smoothing, C, BLOCK, VECTOR, TAUS,
+                ALPHAS, real)
+        else:
+            ce, kl, distil, fit = _loop_row(
+                z_row, None, out_row, next_row, kept, y, valid, taught, row, shares, batch,
+                temperature, alpha, smoothing, C, BLOCK, VECTOR, TAUS, ALPHAS, real)
+    else:
+        ce, kl, distil, fit = _loop_row(
+            z_row, None, out_row, next_row, kept, y, valid, valid, row, shares, batch, temperature,
+            alpha, smoothing, C, BLOCK, VECTOR, TAUS, ALPHAS, real)
+    if cache.valid is not None:
+        tl.store(cache.valid + to, (fit == fit).to(tl.uint8), mask=kept)
+    if not BACKWARD:
+        _finish((ce, kl, distil), n, m, batch, sums, TEACHER, SUM_BLOCK, real)
+
+
+# ---- a gradient stored over the logits ----
+
+
+@jit(do_not_specialize=["grad_scale", "B", "step"])
+def _rescale_kernel(
+    dlogits, dloss, grad_scale, B: tl.int32, step: tl.int64,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+    real: tl.constexpr,
+):
+    """dlogits *= dloss / grad_scale, ROWS rows a program; nothing at all if the two are equal."""
+    scale, done = _scales(grad_scale, dloss, real)
+    if done:
+        return
+    factor = scale / _value(grad_scale, real)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = dlogits + (rows.to(tl.int64) * step * UNIT)[:, None]
+    for start in range(0, C, BLOCK):
+        cols = start + tl.arange(0, BLOCK)[None, :]
+        inside = (rows < B)[:, None] & (cols < C)
+        g = tl.load(at + cols, mask=inside).to(real) * factor
+        tl.store(at + cols, g.to(dlogits.dtype.element_ty), mask=inside)
+
+
+# ---- host ----
+
+
+class Launch(NamedTuple):
+    """One launch: kernel[(grid,)](*args, **constants, num_warps=num_warps)."""
+
+    kernel: Any
+    grid: int
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+
+
+def _interpreted() -> bool:
+    return not isinstance(_tile_kernel, triton.runtime.JITFunction)
+
+
+def why_not(logits: Tensor) -> str | None:
+    """None if Triton can take these logits, else the reason.
+
+    CPU tensors are taken when Triton interprets its kernels (TRITON_INTERPRET=1 at import).
+    """
+    if _MISSING is not None:
+        return _MISSING
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        return f"the triton backend needs triton >= 3.6, found {triton.__version__}"
+    if logits.is_cuda or (logits.device.type == "cpu" and _interpreted()):
+        return None
+    return f"the triton backend needs a CUDA device, got {logits.device.type}"
+
+
+def forward(args: LossArgs) -> LossOutputs:
+    """Loss, parts, gradient and next cache in one launch; see `backends.py`."""
+    out = _outputs(args)
+    if args.logits.shape[0] == 0:
+        out.loss.zero_()
+        out.parts.zero_()
+        return out
+    with _on(args.logits.device):
+        for launch in forward_launches(args, out):
+            _run(launch)
+    return out
+
+
+def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | None) -> Tensor:
+    """dloss times the gradient, in one launch that returns at once where dlogits holds it."""
+    fresh = dlogits is None
+    out = torch.empty(args.logits.shape, dtype=args.logits.dtype, device=args.logits.device) if (
+        fresh) else dlogits
+    if out.shape[0]:
+        with _on(out.device):
+            _run(backward_launch(args, parts, dloss, out, fresh))
+    return out
+
+
+def rescale_(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> None:
+    """dlogits *= dloss / grad_scale in one launch, which does nothing where they are equal."""
+    if dlogits.shape[0]:
+        with _on(dlogits.device):
+            _run(rescale_launch(dlogits, dloss, grad_scale))
+
+
+def forward_launches(args: LossArgs, out: LossOutputs) -> list[Launch]:
+    """What `forward` launches, into tensors made by `_outputs`; B > 0."""
+    form, constants = _form(args, out.dlogits)
+    batch, last_logits = _batch(args)
+    B, C = args.logits.shape
+    programs = -(-B // form.rows)
+    guarded = batch.last_labels is not None or args.stats is not None
+    count = args.ce_count is None or (
+        last_logits is not None and (args.kl_count is None or guarded)
+    )
+    in_chunks = count and programs * B > _COUNT_WORK
+    space = _workspace(args.logits.device, out.loss.dtype, B)
+    counts = Counts(args.ce_count, args.kl_count, space.chunks if in_chunks else None, None)
+    cache = Cache(out.next_logits, out.next_labels, out.next_valid)
+    slot_rows = 0
+    if args.pair is not None:
+        slot_rows = args.pair.logits.shape[1]
+        cache = Cache(args.pair.logits if args.copy_logits else None, *args.pair[1:3])
+    sums = Sums(out.loss, out.parts, args.stats, space.scratch, space.counter)
+    launch = _row_launch(args, out.dlogits, None, args.grad_scale, batch, last_logits, counts,
+                         cache, sums, slot_rows, form, {**constants, "COUNT": count})
+    if not in_chunks:
+        return [launch]
+    sizes = (B, args.overlap if last_logits is not None else 0, slot_rows, args.ignore_index)
+    block = constants["COUNT_BLOCK"]
+    tally = {"C": C, "TEACHER": last_logits is not None, "BLOCK": block}
+    chunks = -(-B // block)
+    first = Launch(_count_kernel, chunks, (batch, space.chunks, *sizes), tally, 4)
+    return [first, launch]
+
+
+def backward_launch(
+    args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor, always: bool
+) -> Launch:
+    """What `backward` launches. always: dlogits holds nothing yet, whatever dloss is."""
+    form, constants = _form(args, dlogits)
+    batch, last_logits = _batch(args)
+    slot_rows = 0 if args.pair is None else args.pair.logits.shape[1]
+    # No dloss equals NaN.
+    scale = float("nan") if always else args.grad_scale
+    nothing = Sums(None, None, None, None, None)
+    return _row_launch(args, dlogits, dloss, scale, batch, last_logits,
+                       Counts(None, None, None, parts), Cache(None, None, None), nothing, slot_rows,
+                       form, {**constants, "COUNT": False})
+
+
+def rescale_launch(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> Launch:
+    """What `rescale_` launches; B > 0."""
+    B, C = dlogits.shape
+    form = plan(C, 8 if dlogits.dtype == torch.float64 else 4, dlogits.element_size())
+    step = dlogits.stride(0)
+    unit = _unit(step)
+    constants = {"C": C, "ROWS": form.rows, "BLOCK": form.block, "UNIT": unit,
+                 "real": _real(dlogits.dtype)[1]}
+    args = (dlogits, dloss, _bits(grad_scale), B, step // unit)
+    return Launch(_rescale_kernel, -(-B // form.rows), args, constants, form.num_warps)
+
+
+def _row_launch(args, dlogits, dloss, grad_scale, batch, last_logits, counts, cache, sums,
+                slot_rows, form, constants) -> Launch:
+    unit = constants["UNIT"]
+    step = args.logits.stride(0) // unit
+    last_step = 0 if last_logits is None else last_logits.stride(-2) // unit
+    out_step = 0 if dlogits is None else dlogits.stride(0) // unit
+    B = args.logits.shape[0]
+    m = 0 if last_logits is None else args.overlap
+    smoothing = _bits(args.label_smoothing) if args.label_smoothing else None
+    values = (args.logits, last_logits, dlogits, dloss, batch, counts, cache, sums,
+              _bits(args.temperature), _bits(args.alpha), _bits(grad_scale), smoothing,
+              B, m, args.fresh, slot_rows, step, last_step, out_step, args.ignore_index)
+    kernel = _loop_kernel if form.looped else _tile_kernel
+    return Launch(kernel, -(-B // form.rows), values, constants, form.num_warps)
+
+
+def _form(args: LossArgs, dlogits: Tensor | None) -> tuple[Plan, dict[str, Any]]:
+    """Plan and constants of a launch over the rows of logits."""
+    logits = args.logits
+    real, tl_real = _real(logits.dtype)
+    C = logits.shape[1]
+    form = plan(C, real.itemsize, logits.element_size())
+    last_step = C if args.last_logits is None else args.last_logits.stride(0)
+    out_step = C if dlogits is None else dlogits.stride(0)
+    constants = {
+        "C": C, "ROWS": form.rows, "BLOCK": form.block, "VECTOR": form.vector,
+        "UNIT": _unit(logits.stride(0) | last_step | out_step),
+        "TAUS": isinstance(args.temperature, Tensor) and args.temperature.dim() == 1,
+        "ALPHAS": isinstance(args.alpha, Tensor) and args.alpha.dim() == 1,
+        "COUNT_BLOCK": _COUNT_WARP * form.num_warps, "SUM_BLOCK": _SUM_WARP * form.num_warps, "real": tl_real,
+    }
+    return form, constants
+
+
+def _batch(args: LossArgs) -> tuple[Batch, Tensor | None]:
+    """The vectors over rows, and the teacher; None of them without overlap."""
+    parity = None if args.pair is None else args.pair.parity
+    if args.overlap == 0:
+        return Batch(args.labels, None, None, None, args.weight, parity), None
+    if args.pair is None:
+        given = args.teacher_rows, args.last_labels, args.last_valid
+        return Batch(args.labels, *given, args.weight, None), args.last_logits
+    given = None, args.pair.labels, args.pair.valid
+    return Batch(args.labels, *given, args.weight, parity), args.pair.logits
+
+
+def _outputs(args: LossArgs) -> LossOutputs:
+    logits = args.logits
+    real, device = _real(logits.dtype)[0], logits.device
+    loss = torch.empty((), dtype=real, device=device)
+    parts = torch.empty(4, dtype=real, device=device)
+    dlogits = next_logits = next_labels = next_valid = None
+    if args.need_grad:
+        dlogits = logits if args.inplace else torch.empty(
+            logits.shape, dtype=logits.dtype, device=device)
+    if args.fresh and args.pair is None:
+        if args.copy_logits:
+            next_logits = torch.empty(
+                (args.fresh, logits.shape[1]), dtype=logits.dtype, device=device)
+        next_labels = torch.empty(args.fresh, dtype=torch.int64, device=device)
+        next_valid = torch.empty(args.fresh, dtype=torch.uint8, device=device)
+    return LossOutputs(loss, parts, dlogits, next_logits, next_labels, next_valid)
+
+
+class _Workspace(NamedTuple):
+    scratch: Tensor  # (3 B,) real: sums of each program
+    chunks: Tensor  # (3 ceil(B / _COUNT_WARP),) real, or less: sums of each program of `_count_kernel`
+    counter: Tensor  # (1,) int32: programs that have finished; 0 between launches
+
+
+_workspaces: dict[tuple[torch.device, int, torch.dtype, int], _Workspace] = {}
+
+
+def _workspace(device: torch.device, real: torch.dtype, rows: int) -> _Workspace:
+    """The workspace of a device and stream, for up to 2^k rows. It is never freed: a CUDA graph may
+    hold its address. While a graph is captured, a new one is made in the graph's own memory, with
+    the fill of its counter as part of the graph: graphs that are replayed at the same time do not
+    meet."""
+    size = (rows - 1).bit_length()
+    if device.type != "cuda":
+        key = (device, 0, real, size)
+    elif torch.cuda.is_current_stream_capturing():
+        return _new_workspace(device, real, 1 << size)
+    else:
+        key = (device, triton.runtime.driver.active.get_current_stream(device.index), real, size)
+    space = _workspaces.get(key)
+    if space is None:
+        space = _workspaces[key] = _new_workspace(device, real, 1 << size)
+    return space
+
+
+def _new_workspace(device: torch.device, real: torch.dtype, rows: int) -> _Workspace:
+    return _Workspace(
+        torch.empty(3 * rows, dtype=real, device=device),
+        torch.empty(3 * -(-rows // _COUNT_WARP), dtype=real, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+    )
+
+
+def _real(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
+    if dtype == torch.float64:
+        return torch.float64, tl.float64
+    return torch.float32, tl.float32
+
+
+def _unit(steps: int) -> int:
+    """The largest power of two, up to 8, that divides the steps (or-ed together)."""
+    return (steps | 8) & -(steps | 8)
+
+
+def _bits(x: float | Tensor) -> int | Tensor:
+    """A tensor as it is; a float as the bits of a double, since Triton would round it to fp32. 0 is
+    passed as -0.0: all bits 0 would be an int32, and compile again."""
+    if isinstance(x, Tensor):
+        return x
+    return struct.unpack("q", struct.pack("d", x or -0.0))[0]
+
+
+def _run(launch: Launch) -> None:
+    launch.kernel[(launch.grid,)](
+        *launch.args, **launch.constants, num_warps=launch.num_warps)
+
+
+def _on(device: torch.device) -> Any:
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

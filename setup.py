@@ -1,0 +1,109 @@
+"""Builds dlb_fused._cpu, the C++ kernel: once per instruction set, with ninja. No torch is needed.
+
+Without a C++ compiler the package is installed without it, and says so in one line.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -g0"
+# The row kernels are compiled once per level and chosen at run time, see csrc/cpu/loss.cpp.
+LEVELS = {"baseline": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS = {
+        "baseline": "-march=x86-64",
+        "v3": "-march=x86-64-v3 -ffp-contract=fast",
+        "v4": "-march=x86-64-v4 -mprefer-vector-width=512 -ffp-contract=fast",
+    }
+
+NINJA = """\
+cxx = {cxx}
+flags = {flags}
+rule compile
+  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
+rule link
+  command = {link} $in -o $out
+  description = link $out
+"""
+
+
+def quoted(path: Path | str) -> str:
+    """For a ninja file: as a path there, and as a word of the shell command."""
+    return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+
+def word(path: Path | str) -> str:
+    return "'" + str(path).replace("$", "$$") + "'"
+
+
+class BuildExt(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        compiler = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
+        if shutil.which(compiler[0]) is None:
+            print(
+                f"dlb_fused: no C++ compiler ({compiler[0]}) found, so the CPU kernel is not "
+                "built; plain PyTorch operations take its place",
+                file=sys.stderr,
+            )
+            return
+        build = Path(self.build_temp).resolve()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(self.ninja_file(compiler[0], target))
+        subprocess.run([ninja(), "-C", str(build)], check=True)
+
+    def ninja_file(self, cxx: str, target: Path) -> str:
+        import pybind11
+
+        includes = [pybind11.get_include(), *self.include_dirs]
+        steps = [("bind", "bind.cpp", " ".join(f"-isystem {word(p)}" for p in includes))]
+        steps += [("loss", "loss.cpp", "")]
+        steps += [
+            (f"rows_{level}", "rows.cpp", f"-DDLB_ROWS=dlb_rows_{level} {march}")
+            for level, march in LEVELS.items()
+        ]
+        lines = [NINJA.format(cxx=cxx, flags=FLAGS, link=link_command(cxx))]
+        for name, source, extra in steps:
+            lines.append(f"build {name}.o: compile {quoted(ROOT / 'csrc/cpu' / source)}")
+            lines.append(f"  extra = {extra}")
+        objects = " ".join(f"{name}.o" for name, *_ in steps)
+        lines.append(f"build {quoted(target)}: link {objects}\n")
+        return "\n".join(lines)
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+def link_command(cxx: str) -> str:
+    if sys.platform == "darwin":
+        return f"{cxx} -bundle -undefined dynamic_lookup"
+    return f"{cxx} -shared -s -ldl"
+
+
+def ninja() -> str:
+    """The program: on PATH, or from the package of that name in the build environment."""
+    found = shutil.which("ninja")
+    if found is None:
+        from ninja import BIN_DIR
+
+        found = str(Path(BIN_DIR) / "ninja")
+    return found
+
+
+setup(
+    ext_modules=[Extension("dlb_fused._cpu", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildExt},
+)

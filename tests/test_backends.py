@@ -1,0 +1,328 @@
+"""Every backend against the fp64 truth: values and gradients, through the public function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    Case,
+    Inputs,
+    eager_error,
+    fp64_truth,
+    gradient_tolerance,
+    loss_tolerance,
+    relative_error,
+    truth,
+)
+
+from dlb_fused import dlb_loss
+
+
+def call(x: Inputs, backend: str, **more: object) -> torch.Tensor:
+    return dlb_loss(x.logits, x.labels, x.last_logits, backend=backend, **x.options, **more)  # type: ignore[arg-type, return-value]
+
+
+def upstream(case: Case) -> float:
+    return case.options.get("grad_scale", 1.0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loss_and_gradient(case: Case, backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = case.make(device)
+    loss = call(x, backend)
+    loss.backward(torch.full_like(loss, upstream(case)))
+    want_loss, want = fp64_truth(x, upstream(case))
+    assert float((loss - want_loss).abs()) <= loss_tolerance(x, loss.dtype, want_loss)
+    gradient = x.logits.grad
+    assert gradient is not None and gradient.dtype == case.dtype
+    if want.norm() == 0:
+        assert not gradient.any()
+        return
+    bound = gradient_tolerance(want, case.dtype)
+    if case.dtype == torch.float32 and not {"normalizer"} & set(case.options) and not case.per_row:
+        # Where the truth itself is small (a row that is nearly right), fp32 has fewer digits.
+        bound = max(bound, 2 * eager_error(x))
+    assert relative_error(gradient, want) <= bound
+
+
+@pytest.mark.parametrize("dloss", [1.0, 0.0, -3.7, 65536.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("C", [10, 9001])
+def test_upstream_gradient(
+    dloss: float, dtype: torch.dtype, C: int, backend_device: tuple[str, str]
+) -> None:
+    """Also in fp16, where scaling a stored gradient would lose what had flushed to zero."""
+    backend, device = backend_device
+    x = Case("", B=4, C=C, m=2, dtype=dtype).make(device)
+    loss = call(x, backend)
+    loss.backward(torch.full_like(loss, dloss))
+    assert x.logits.grad is not None
+    if dloss == 0:
+        assert not x.logits.grad.any()
+        return
+    want = fp64_truth(x, dloss)[1]
+    assert relative_error(x.logits.grad, want) <= gradient_tolerance(want, dtype)
+
+
+@pytest.mark.parametrize("expected", [65536.0, torch.tensor(65536.0), 8.0])
+def test_grad_scale_is_a_forecast(
+    expected: float | torch.Tensor, backend_device: tuple[str, str]
+) -> None:
+    """The gradient is right for the expected dloss and for any other, without underflow in fp16."""
+    backend, device = backend_device
+    expected = expected.to(device) if isinstance(expected, torch.Tensor) else expected
+    for dloss in (65536.0, 1024.0):
+        x = Case("", B=4, C=2000, m=2, dtype=torch.float16).make(device)
+        loss = call(x, backend, grad_scale=expected)
+        loss.backward(torch.full_like(loss, dloss))
+        assert x.logits.grad is not None
+        want = fp64_truth(x, dloss)[1]
+        assert relative_error(x.logits.grad, want) <= gradient_tolerance(want, torch.float16)
+
+
+def test_gradient_twice_from_one_graph(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", C=33).make(device)
+    loss = call(x, backend)
+    for dloss in (1.0, -3.7, 1.0):
+        (gradient,) = torch.autograd.grad(
+            loss, x.logits, torch.full_like(loss, dloss), retain_graph=True
+        )
+        assert relative_error(gradient, fp64_truth(x, dloss)[1]) <= 1e-6
+        gradient.fill_(torch.nan)  # the caller may do with it what they like
+
+
+def test_two_forwards_then_both_backwards(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    inputs = [Case("", C=33, seed=s).make(device) for s in (1, 2)]
+    losses = [call(x, backend) for x in inputs]
+    for x, loss, dloss in zip(inputs, losses, (2.0, 1.0), strict=True):
+        loss.backward(torch.full_like(loss, dloss))
+        assert x.logits.grad is not None
+        assert relative_error(x.logits.grad, fp64_truth(x, dloss)[1]) <= 1e-6
+
+
+def test_parts(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", B=9, m=5, ignored=2).make(device)
+    parts = call(x, backend, return_parts=True)
+    loss, ce, kl = truth(x)
+    torch.testing.assert_close(
+        torch.stack(list(parts)).double(),
+        torch.stack([loss, ce, kl, loss * 0 + 7, loss * 0 + 3]),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+    assert parts.loss.requires_grad and not parts.ce.requires_grad
+
+
+def test_without_gradient_nothing_but_the_loss_is_written(
+    backend_device: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, device = backend_device
+    x = Case("", C=33).make(device)
+    with torch.no_grad():
+        want = call(x, backend)
+    assert not want.requires_grad
+    torch.testing.assert_close(want, call(x, backend).detach())
+
+
+def test_nothing_given_is_written_to(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", B=9, m=5, C=33, ignored=1, per_row=True, stride=2).make(device)
+    given = [t.detach() for t in (x.logits, x.labels, x.last_logits)]
+    before = [(t.clone(), t._version) for t in given]
+    loss = call(x, backend)
+    loss.backward(torch.full_like(loss, 2.0))
+    for t, (values, version) in zip(given, before, strict=True):
+        assert torch.equal(t, values) and t._version == version
+
+
+def test_same_bits_every_time(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    for C in (10, 1000, 9001):
+        runs = []
+        for _ in range(3):
+            x = Case("", B=16, C=C, m=8).make(device)
+            loss = call(x, backend)
+            loss.backward()
+            runs.append((loss.detach(), x.logits.grad))
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_empty_batch(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    logits = torch.empty(0, 5, device=device, requires_grad=True)
+    loss = dlb_loss(logits, torch.empty(0, dtype=torch.int64, device=device), backend=backend)
+    assert loss == 0
+    loss.backward()  # type: ignore[union-attr]
+    assert logits.grad is not None and logits.grad.shape == (0, 5)
+
+
+@pytest.mark.parametrize("weight", [None, "zero"])
+def test_no_valid_row_gives_zero(weight: str | None, backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", ignored=0 if weight else 8, m=0).make(device)
+    if weight:
+        x.options["weight"] = torch.zeros(10, device=device)
+    loss = call(x, backend)
+    assert loss == 0
+    loss.backward()
+    assert x.logits.grad is not None and not x.logits.grad.any()
+
+
+def test_ignored_rows_may_hold_anything(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", B=9, m=5, ignored=2).make(device)
+    clean = call(x, backend).detach()
+    with torch.no_grad():
+        x.logits[:2] = torch.nan
+    loss = call(x, backend)
+    loss.backward()
+    assert torch.equal(loss.detach(), clean)
+    assert x.logits.grad is not None
+    assert not x.logits.grad[:2].any() and x.logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, None])
+def test_a_row_that_is_not_finite(bad: float | None, backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", C=40).make(device)
+    with torch.no_grad():
+        if bad is None:
+            x.logits[5] = -torch.inf
+        else:
+            x.logits[5, 17] = bad
+    loss = call(x, backend)
+    loss.backward()
+    assert loss.isnan() and x.logits.grad is not None
+    others = [i for i in range(8) if i != 5]
+    assert x.logits.grad[5].isnan().any() and x.logits.grad[others].isfinite().all()
+
+
+def test_class_masked_in_the_student_alone(backend_device: tuple[str, str]) -> None:
+    """A finite z' against z = -inf: the loss is +inf, the gradient finite."""
+    backend, device = backend_device
+    for teacher in (0.0, -1e4):  # -1e4: its weight underflows, and the term must still be +inf
+        x = Case("", C=40, margin=3.0).make(device)
+        c = int((x.labels[0] + 1) % 40)
+        with torch.no_grad():
+            x.logits[0, c] = -torch.inf
+            x.last_logits[0, c] = teacher
+        loss = call(x, backend)
+        loss.backward()
+        assert loss == torch.inf
+        assert x.logits.grad is not None and x.logits.grad.isfinite().all()
+
+
+def test_label_on_a_masked_class(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", C=40, m=0).make(device)
+    with torch.no_grad():
+        x.logits[3, x.labels[3]] = -torch.inf
+    loss = call(x, backend)
+    loss.backward()
+    assert loss == torch.inf and x.logits.grad is not None and x.logits.grad.isfinite().all()
+
+
+def test_label_out_of_range(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("").make(device)
+    for label in (10, -1, 2**40):
+        x.labels[3] = label
+        if device == "cpu" and backend != "triton":
+            with pytest.raises(IndexError, match=rf"labels\[3\] is {label}, but logits have 10"):
+                call(x, backend)
+            continue
+        x.logits.grad = None
+        loss = call(x, backend)
+        loss.backward()
+        assert loss.isnan() and x.logits.grad is not None
+        assert x.logits.grad[3].isnan().all() and x.logits.grad[4:].isfinite().all()
+
+
+def test_confident_row_keeps_its_digits(backend_device: tuple[str, str]) -> None:
+    """At margin 20 p_y - 1 has no digit left in fp32."""
+    backend, device = backend_device
+    for margin in (0.0, 10.0, 20.0, 40.0):
+        x = Case("", C=20, m=0, margin=margin).make(device)
+        call(x, backend).backward()
+        z, y = x.logits.detach().double(), x.labels[:, None]
+        want = -(z.scatter(1, y, -torch.inf).logsumexp(1) - z.logsumexp(1)).exp() / 8
+        assert x.logits.grad is not None
+        got = x.logits.grad.gather(1, y)[:, 0]
+        assert ((got - want) / want).abs().max() <= 2e-6
+
+
+def test_column_strided_logits(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", B=6, C=33, m=3).make(device)
+    turned = x.logits.detach().t().contiguous().t().requires_grad_()
+    loss = dlb_loss(turned, x.labels, x.last_logits.t().contiguous().t(), backend=backend)
+    loss.backward()  # type: ignore[union-attr]
+    assert turned.grad is not None
+    assert relative_error(turned.grad, fp64_truth(x)[1]) <= 1e-6
+
+
+def test_broadcast_teacher(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", B=6, C=33, m=3).make(device)
+    x.last_logits = x.last_logits[:1].expand(3, -1)
+    call(x, backend).backward()
+    assert x.logits.grad is not None
+    assert relative_error(x.logits.grad, fp64_truth(x)[1]) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inplace(dtype: torch.dtype, backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    for dloss in (1.0, -3.7, 0.0):
+        x = Case("", C=33, dtype=dtype).make(device)
+        logits = x.logits * 1
+        want = fp64_truth(x, dloss)[1]
+        address = logits.data_ptr()
+        loss = dlb_loss(logits, x.labels, x.last_logits, inplace=True, backend=backend)
+        assert logits.data_ptr() == address and logits._version > 0
+        loss.backward(torch.full_like(loss, dloss))  # type: ignore[union-attr, arg-type]
+        assert x.logits.grad is not None
+        bound = 2 * gradient_tolerance(want, dtype) if dloss else 0.0  # rounded twice
+        assert relative_error(x.logits.grad, want) <= bound
+
+
+def test_temperature_and_alpha_as_device_tensors(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", C=33, options={"temperature": 2.0, "alpha": 0.7}).make(device)
+    want = call(x, backend)
+    x.options = {k: torch.tensor(v, device=device) for k, v in x.options.items()}
+    torch.testing.assert_close(call(x, backend), want)
+
+
+@pytest.mark.parametrize("C", [7, 1000])
+def test_gradcheck(C: int, backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", B=3, C=C, m=2, dtype=torch.float64, options={"label_smoothing": 0.1}).make(device)
+
+    def f(z: torch.Tensor) -> torch.Tensor:
+        return dlb_loss(z, x.labels, x.last_logits, backend=backend, **x.options)  # type: ignore[return-value]
+
+    assert torch.autograd.gradcheck(f, x.logits, fast_mode=C > 100)
+
+
+def test_rows_beyond_two_to_the_31_elements(backend_device: tuple[str, str]) -> None:
+    """A 32-bit offset wraps to another row; the untouched pages between the rows cost nothing."""
+    backend, device = backend_device
+    B, C, stride = 4, 5, 2**31 // 2 + 8  # row 3 begins beyond 2^31 elements
+    for dtype in (torch.float32, torch.bfloat16):
+        x = Case("", B=B, C=C, m=B, dtype=dtype).make(device)
+        wide = torch.empty(3 * stride + C, dtype=dtype, device=device).as_strided(
+            (B, C), (stride, 1)
+        )
+        wide.copy_(x.logits.detach())
+        wide.requires_grad_()
+        loss = dlb_loss(wide, x.labels, x.last_logits, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, wide)  # type: ignore[arg-type]
+        want = fp64_truth(x)[1]
+        assert relative_error(gradient, want) <= gradient_tolerance(want, dtype)
+        del wide, gradient

@@ -1,0 +1,196 @@
+"""The public face: messages for bad input, autograd's corner cases, autocast, options."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, fp64_truth, relative_error
+
+from dlb_fused import DLBLoss, backends, dlb_loss
+
+Z, Y, P = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.randn(2, 3)
+
+BAD = {
+    "logits of rank 1": (dict(logits=Z[0]), ValueError, "logits must have shape (B, C) with C > 0, got (3,)"),
+    "logits of rank 3": (dict(logits=Z[None]), ValueError, "logits must have shape (B, C)"),
+    "no class": (dict(logits=Z[:, :0]), ValueError, "logits must have shape (B, C) with C > 0, got (4, 0)"),
+    "integer logits": (dict(logits=Z.long()), TypeError, "logits must be float32, bfloat16, float16 or float64, got int64"),
+    "a list": (dict(logits=[[1.0]]), TypeError, "logits must be a tensor, got list"),
+    "labels as a list": (dict(labels=[0, 1]), TypeError, "labels must be a tensor, got list"),
+    "labels of float": (dict(labels=Y.float()), TypeError, "labels must be int64 class indices, got float32"),
+    "labels of int32": (dict(labels=Y.int()), TypeError, "labels must be int64 class indices, got int32"),
+    "too few labels": (dict(labels=Y[:3]), ValueError, "labels must have shape (4,), one for each row of logits, got (3,)"),
+    "labels on another device": (dict(labels=Y.to("meta")), ValueError, "labels must be on cpu like logits, got meta"),
+    "label too large": (dict(labels=Y + 1), IndexError, "labels[2] is 3, but logits have 3 classes (valid: 0 to 2, or ignore_index=-100)"),
+    "label negative": (dict(labels=Y - 1), IndexError, "labels[0] is -1, but logits have 3 classes"),
+    "1-D third argument": (dict(last_logits=torch.ones(3)), ValueError, "last_logits must have shape (m, C), got (3,); did you mean weight=?"),
+    "m above B": (dict(last_logits=torch.randn(5, 3)), ValueError, "last_logits has 5 rows, more than the 4 rows of logits"),
+    "C mismatch": (dict(last_logits=torch.randn(2, 4)), ValueError, "last_logits must have the 3 classes of logits, got 4"),
+    "last_logits of int": (dict(last_logits=P.long()), TypeError, "last_logits must be float32, bfloat16, float16 or float64, got int64"),
+    "last_logits of fp64": (dict(last_logits=P.double()), TypeError, "last_logits and logits must both be float64 or neither, got float64 and float32"),
+    "last_logits that learn": (dict(last_logits=P.clone().requires_grad_()), ValueError, "last_logits requires grad, but no gradient flows to it: pass it detached"),
+    "last_logits elsewhere": (dict(last_logits=P.to("meta")), ValueError, "last_logits must be on cpu like logits, got meta"),
+    "temperature 0": (dict(temperature=0.0), ValueError, "temperature must be finite and > 0, got 0.0"),
+    "temperature negative": (dict(temperature=-1), ValueError, "temperature must be finite and > 0, got -1"),
+    "temperature inf": (dict(temperature=float("inf")), ValueError, "temperature must be finite and > 0, got inf"),
+    "temperature nan": (dict(temperature=float("nan")), ValueError, "temperature must be finite and > 0, got nan"),
+    "temperature text": (dict(temperature="3"), TypeError, "temperature must be a float or a tensor, got str"),
+    "temperature tensor of 0": (dict(temperature=torch.tensor([1.0, 0.0])), ValueError, "temperature must be finite and > 0, got 0.0"),
+    "temperature of 3 rows": (dict(temperature=torch.ones(3)), ValueError, "tensor of shape (2,), one for each overlap row; got shape (3,)"),
+    "temperature learnable": (dict(temperature=torch.tensor(3.0, requires_grad=True)), ValueError, "temperature requires grad, but it cannot be learned"),
+    "temperature of int": (dict(temperature=torch.tensor(3)), TypeError, "temperature must be floating point, got int64"),
+    "alpha negative": (dict(alpha=-0.5), ValueError, "alpha must be finite and >= 0, got -0.5"),
+    "alpha nan": (dict(alpha=float("nan")), ValueError, "alpha must be finite and >= 0, got nan"),
+    "alpha learnable": (dict(alpha=torch.ones(2, requires_grad=True)), ValueError, "alpha requires grad, but it cannot be learned"),
+    "weight too long": (dict(weight=torch.ones(4)), ValueError, "weight must have shape (3,), one for each class, got (4,)"),
+    "weight learnable": (dict(weight=torch.ones(3, requires_grad=True)), ValueError, "weight requires grad, but it cannot be learned"),
+    "weight of int": (dict(weight=torch.ones(3).long()), TypeError, "weight must be floating point, got int64"),
+    "weight as a list": (dict(weight=[1.0]), TypeError, "weight must be a tensor, got list"),
+    "smoothing above 1": (dict(label_smoothing=1.5), ValueError, "label_smoothing must be in [0, 1], got 1.5"),
+    "smoothing text": (dict(label_smoothing="a"), TypeError, "label_smoothing must be a float, got str"),
+    "ignore_index float": (dict(ignore_index=1.0), TypeError, "ignore_index must be an int, got float"),
+    "normalizer one": (dict(normalizer=3.0), TypeError, "normalizer must be a pair (ce_count, kl_count)"),
+    "normalizer rank": (dict(normalizer=(torch.ones(2), 1)), ValueError, "ce_count of normalizer must be a 0-dim tensor, got shape (2,)"),
+    "grad_scale rank": (dict(grad_scale=torch.ones(2)), ValueError, "grad_scale must be a float or a 0-dim tensor, got shape (2,)"),
+    "grad_scale inf": (dict(grad_scale=float("inf")), ValueError, "grad_scale must be finite, got inf"),
+    "unknown backend": (dict(backend="cudnn"), ValueError, "backend must be one of ('auto', 'cpu', 'triton', 'eager'), got 'cudnn'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    change, error, message = BAD[name]
+    given: dict[str, Any] = {"logits": Z, "labels": Y, "last_logits": P, **change}
+    kept = {k: v.clone() for k, v in given.items() if isinstance(v, torch.Tensor)}
+    with pytest.raises(error, match=re.escape(message)):
+        dlb_loss(given.pop("logits"), given.pop("labels"), given.pop("last_logits"), **given)
+    for key, value in kept.items():
+        if value.device.type == "cpu" and key in given:
+            assert torch.equal(given[key], value)
+
+
+def test_a_named_backend_runs_or_says_why_not() -> None:
+    for name in backends.BACKENDS:
+        reason = backends.why_not(name, Z)
+        if reason is None:
+            continue
+        with pytest.raises(RuntimeError, match=re.escape(f"backend={name!r} cannot run: {reason}")):
+            dlb_loss(Z, Y, P, backend=name)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda z: z, "inplace=True would overwrite a leaf that requires grad"),
+        (
+            lambda z: (z * 1).t().contiguous().t(),
+            "inplace=True needs logits whose last stride is 1",
+        ),
+        (lambda z: (z[:1] * 1).expand(4, 3), "inplace=True needs logits whose rows do not share"),
+    ],
+)
+def test_inplace_is_refused_where_it_would_break(make: Any, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        dlb_loss(make(Z.clone().requires_grad_()), Y, P, inplace=True)
+
+
+def test_inplace_does_not_overwrite_the_teacher() -> None:
+    logits = Z.clone().requires_grad_() * 1
+    with pytest.raises(RuntimeError, match="would overwrite last_logits, which share their memory"):
+        dlb_loss(logits, Y, logits.detach()[1:3], inplace=True)
+
+
+def test_inplace_makes_a_later_read_an_error() -> None:
+    z = Z.clone().requires_grad_()
+    logits = z.exp()  # its backward reads its output
+    dlb_loss(logits, Y, P, inplace=True).backward  # noqa: B018
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
+def test_inplace_allows_one_backward() -> None:
+    loss = dlb_loss(Z.clone().requires_grad_() * 1, Y, P, inplace=True)
+    loss.backward(retain_graph=True)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match=r"inplace=True\) allows one backward"):
+        loss.backward()  # type: ignore[union-attr]
+
+
+def test_inplace_without_gradient_writes_nothing() -> None:
+    logits = Z.clone()
+    dlb_loss(logits, Y, P, inplace=True)
+    assert torch.equal(logits, Z)
+
+
+def test_double_backward_is_refused_in_words(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("").make(device)
+    loss = dlb_loss(x.logits, x.labels, x.last_logits, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, x.logits, create_graph=True)  # type: ignore[arg-type]
+    assert relative_error(gradient.detach(), fp64_truth(x)[1]) < 1e-6
+    with pytest.raises(RuntimeError, match="dlb_loss cannot be differentiated twice"):
+        gradient.square().sum().backward()
+
+
+def test_logits_changed_before_backward_are_found() -> None:
+    logits = Z.clone().requires_grad_() * 1
+    loss = dlb_loss(logits, Y, P)
+    with torch.no_grad():
+        logits.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[union-attr]
+
+
+def test_teacher_from_inference_mode(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", m=8).make(device)
+    with torch.inference_mode():
+        teacher = x.last_logits.clone() * 1
+    loss = dlb_loss(x.logits, x.labels, teacher, backend=backend)
+    loss.backward(torch.full_like(loss, 2.0))  # type: ignore[union-attr, arg-type]
+    assert x.logits.grad is not None
+    assert relative_error(x.logits.grad, fp64_truth(x, 2.0)[1]) < 1e-6
+
+
+def test_autocast(backend_device: tuple[str, str]) -> None:
+    """The model's bfloat16 logits are lifted to fp32 inside; autocast itself changes nothing."""
+    backend, device = backend_device
+    x = Case("", C=100, dtype=torch.bfloat16).make(device)
+    with torch.autocast(device, torch.bfloat16):
+        loss = dlb_loss(x.logits, x.labels, x.last_logits, backend=backend)
+    assert loss.dtype == torch.float32  # type: ignore[union-attr]
+    loss.backward()  # type: ignore[union-attr]
+    want_loss, want = fp64_truth(x)
+    assert abs(loss.item() - want_loss.item()) < 1e-5  # type: ignore[union-attr]
+    assert x.logits.grad is not None and relative_error(x.logits.grad, want) < 2e-3
+
+
+def test_memory_of_the_graph_is_freed_by_backward() -> None:
+    """The gradient is handed on, not cloned; nothing keeps the logits alive but the caller."""
+    logits = torch.randn(64, 1000, requires_grad=True)
+    loss = dlb_loss(logits, torch.zeros(64, dtype=torch.int64))
+    saved = [t for t in loss.grad_fn.saved_tensors if t is not None]  # type: ignore[union-attr]
+    (dlogits,) = (t for t in saved if t.shape == (64, 1000) and t.data_ptr() != logits.data_ptr())
+    address = dlogits.data_ptr()
+    del dlogits, saved
+    loss.backward()  # type: ignore[union-attr]
+    assert logits.grad is not None and logits.grad.data_ptr() == address
+
+
+def test_main_prints_every_backend() -> None:
+    out = subprocess.run(
+        [sys.executable, "-m", "dlb_fused"], capture_output=True, text=True, check=True
+    ).stdout
+    for name in backends.BACKENDS:
+        assert re.search(rf"  {name} +(available|no: .+)", out)
+
+
+def test_the_classes_are_exported() -> None:
+    import dlb_fused
+
+    assert {"dlb_loss", "DLBLoss", "OverlapBatchSampler"} <= set(dlb_fused.__all__)
+    assert dlb_fused.__version__ and DLBLoss().training

@@ -1,0 +1,548 @@
+"""The Triton kernels in the interpreter: values, every access, every order of programs.
+
+Runs with TRITON_INTERPRET=1; `test_triton_static.py` runs without it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlb_fused import reference, triton_kernels
+from dlb_fused.backends import CachePair, LossArgs, LossOutputs
+
+if triton_kernels.why_not(torch.empty(1, 1)) is not None:
+    reason = triton_kernels.why_not(torch.empty(1, 1))
+    pytest.skip(f"needs TRITON_INTERPRET=1: {reason}", allow_module_level=True)
+
+from interpreter import Checker
+from triton.runtime.errors import InterpreterError
+
+INF, NAN = float("inf"), float("nan")
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors are full of NaN (or of a wrong integer), so that a skipped element shows."""
+    empty = torch.empty
+
+    def fill(*args: Any, **kw: Any) -> Tensor:
+        out = empty(*args, **kw)
+        return out.fill_(NAN if out.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", fill)
+
+
+def make(
+    B: int = 5,
+    C: int = 10,
+    m: int = 3,
+    dtype: torch.dtype = torch.float32,
+    last_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    scale: float = 3.0,
+    **options: Any,
+) -> LossArgs:
+    g = torch.Generator().manual_seed(seed)
+    z = (torch.randn(B, C, generator=g, dtype=torch.float64) * scale).to(dtype)
+    p = (torch.randn(m, C, generator=g, dtype=torch.float64) * scale).to(last_dtype or dtype)
+    y = torch.randint(0, C, (B,), generator=g)
+    options.setdefault("need_grad", True)
+    options.setdefault("fresh", B - m)
+    args = LossArgs(z, y, p if m else None, m, **options)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    to = {
+        k: v.to(real)
+        for k, v in args._asdict().items()
+        if k in ("weight", "temperature", "alpha", "ce_count", "kl_count", "grad_scale")
+        and isinstance(v, Tensor)
+    }
+    return args._replace(**to)
+
+
+def tensors(args: LossArgs, out: LossOutputs | None = None, **more: Tensor | None) -> dict[str, Any]:
+    """All tensors that a launch may touch, by name; an in-place gradient counts as logits."""
+    named = {**args._asdict(), **(args.pair._asdict() if args.pair else {}), **more}
+    if args.pair:
+        named["logits"], named["labels"] = args.logits, args.labels
+        named |= {f"pair_{k}": v for k, v in args.pair._asdict().items()}
+    if out is not None:
+        named |= out._asdict()
+        real = out.loss.dtype
+        space = triton_kernels._workspace(args.logits.device, real, args.logits.shape[0])
+        named |= space._asdict()
+    named = {k: v for k, v in named.items() if isinstance(v, Tensor)}
+    if args.inplace:
+        named.pop("dlogits", None)
+    return named
+
+
+def forward(
+    args: LossArgs, order: int | None = None, module: ModuleType = triton_kernels
+) -> tuple[LossOutputs, Checker]:
+    """`forward` of the backend, with every access checked."""
+    out = module._outputs(args)
+    space = module._workspace(args.logits.device, out.loss.dtype, args.logits.shape[0])
+    with Checker(tensors(args, out) | space._asdict(), order) as checker:
+        for launch in module.forward_launches(args, out):
+            module._run(launch)
+    return out, checker
+
+
+def backward(
+    args: LossArgs, parts: Tensor, dloss: float, dlogits: Tensor | None
+) -> tuple[Tensor, Checker]:
+    d = torch.tensor(dloss, dtype=parts.dtype)
+    fresh = dlogits is None
+    into = torch.empty(args.logits.shape, dtype=args.logits.dtype) if fresh else dlogits
+    assert into is not None
+    with Checker(tensors(args, parts=parts, dloss=d, dlogits=into)) as checker:
+        launch = triton_kernels.backward_launch(args, parts, d, into, fresh)
+        triton_kernels._run(launch)
+    return into, checker
+
+
+def in_fp64(args: LossArgs) -> LossArgs:
+    wide = {
+        k: v.double()
+        for k, v in args._asdict().items()
+        if isinstance(v, Tensor) and v.is_floating_point()
+    }
+    return args._replace(**wide, inplace=False, stats=None)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm().clamp(min=1e-300))
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    assert torch.equal(got.isnan(), want.isnan())
+    got, want = got.double().nan_to_num(0), want.nan_to_num(0)
+    assert error(got, want) <= tolerance or not (got - want).any()
+
+
+def near(got: Tensor, want: Tensor, unit: float) -> None:
+    """Of a loss: absolute below 1, where the logarithm of a sum near 1 has no relative accuracy."""
+    torch.testing.assert_close(got.double(), want, rtol=unit, atol=unit, equal_nan=True)
+
+
+def check(args: LossArgs, dlosses: tuple[float, ...] = (-3.7,)) -> LossOutputs:
+    """Forward and backward against the reference in fp64."""
+    truth_args = in_fp64(args)
+    want = reference.forward(truth_args)
+    logits = args.logits.clone()
+    stats = args.stats.clone() if args.stats is not None else None
+    out, _ = forward(args)
+    real = out.loss.dtype
+    unit = 1e-13 if real == torch.float64 else 1e-6
+    near(out.loss, want.loss, unit)
+    near(out.parts, want.parts, unit)
+    tolerance = TOLERANCE[args.logits.dtype]
+    if args.need_grad:
+        assert out.dlogits is not None and want.dlogits is not None
+        rounded = error(want.dlogits.to(args.logits.dtype), want.dlogits)
+        close(out.dlogits, want.dlogits, max(tolerance, 1.01 * rounded))
+    assert args.inplace or torch.equal(logits.view(torch.uint8), args.logits.view(torch.uint8))
+    first = args.logits.shape[0] - args.fresh
+    if out.next_logits is not None:
+        assert torch.equal(
+            out.next_logits.view(torch.uint8), logits[first:].contiguous().view(torch.uint8)
+        )
+    if args.fresh:
+        assert want.next_valid is not None
+        assert torch.equal(out.next_labels, args.labels[first:])
+        assert torch.equal(out.next_valid, want.next_valid)
+    if stats is not None:
+        told = truth_args._replace(stats=stats)
+        reference.forward(told)
+        assert torch.equal(args.stats, stats)
+    if args.need_grad and not args.inplace:
+        check_backward(args, truth_args, out, want, dlosses)
+    return out
+
+
+def check_backward(
+    args: LossArgs,
+    truth_args: LossArgs,
+    out: LossOutputs,
+    want: LossOutputs,
+    dlosses: tuple[float, ...],
+) -> None:
+    for dloss in dlosses:
+        d = torch.tensor(dloss, dtype=out.loss.dtype)
+        wide = reference.backward(truth_args, want.parts, d.double(), None)
+        rounded = error(wide.to(args.logits.dtype), wide)
+        bound = max(TOLERANCE[args.logits.dtype], 1.01 * rounded)
+        assert out.dlogits is not None
+        for into in (out.dlogits.clone(), None):
+            got, _ = backward(args, out.parts, dloss, into)
+            close(got, wide, bound)
+
+
+@pytest.mark.parametrize("C", [1, 2, 10, 100, 1000, 1003, 8192, 8200, 20001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_form(C: int, dtype: torch.dtype) -> None:
+    check(make(3 if C > 2000 else 5, C, 2, dtype))
+
+
+@pytest.mark.parametrize("dlosses", [(1.0, 0.0, -3.7, 65536.0)])
+@pytest.mark.parametrize("C", [10, 8200])
+def test_upstream_gradient(C: int, dlosses: tuple[float, ...]) -> None:
+    check(make(3, C, 1), dlosses)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(
+    [torch.float32, torch.bfloat16, torch.float16], repeat=2)) + [(torch.float64,) * 2], ids=str)
+def test_mixed_types(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    scale = 65536.0 if dtypes[0] == torch.float16 else 1.0
+    check(make(4, 37, 2, *dtypes, grad_scale=scale, temperature=2.3, alpha=0.7), (65536.0,))
+    check(make(2, 8200, 1, *dtypes, grad_scale=scale), (65536.0,))
+
+
+WEIGHT = {C: torch.linspace(0.0, 2.0, C, dtype=torch.float64) for C in (37, 8200)}
+STATS = torch.tensor([3, 4, 5])
+OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "no overlap": lambda C: {"m": 0},
+    "all overlap": lambda C: {"m": 4},
+    "float tau and alpha": lambda C: {"temperature": 0.3, "alpha": 0.1},
+    "alpha 0": lambda C: {"alpha": 0.0},
+    "tensor tau and alpha": lambda C: {
+        "temperature": torch.tensor(1.7), "alpha": torch.tensor(0.3)},
+    "rows of tau and alpha": lambda C: {
+        "temperature": torch.tensor([1.7, 4.0]), "alpha": torch.tensor([0.3, 0.0])},
+    "weight": lambda C: {"weight": WEIGHT[C]},
+    "smoothing": lambda C: {"label_smoothing": 0.1},
+    "smoothing and weight": lambda C: {"label_smoothing": 0.3, "weight": WEIGHT[C]},
+    "ignored": lambda C: {"ignored": [0, 2], "stats": STATS.clone()},
+    "all ignored": lambda C: {"ignored": [0, 1, 2, 3]},
+    "teacher rows": lambda C: {"teacher_rows": torch.tensor([-1, 0]), "stats": STATS.clone()},
+    "last valid": lambda C: {
+        "last_valid": torch.tensor([1, 0], dtype=torch.uint8), "stats": STATS.clone()},
+    "normalizer": lambda C: {"ce_count": torch.tensor(20.0), "kl_count": torch.tensor(7.0)},
+    "normalizer 0": lambda C: {"ce_count": torch.tensor(0.0), "kl_count": torch.tensor(0.0)},
+    "grad scale": lambda C: {"grad_scale": 1024.0},
+    "grad scale tensor": lambda C: {"grad_scale": torch.tensor(0.125)},
+    "no gradient": lambda C: {"need_grad": False},
+    "no copy": lambda C: {"copy_logits": False},
+    "all cached": lambda C: {"fresh": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("C", [37, 8200])
+def test_options(C: int, name: str) -> None:
+    options = {"B": 4, "C": C, "m": 2} | OPTIONS[name](C)
+    ignored = options.pop("ignored", [])
+    args = make(**options)
+    args.labels[ignored] = -100
+    out = check(args)
+    if name == "all ignored":
+        assert out.loss == 0 and not out.dlogits.any()
+    if name == "no copy":
+        assert out.next_logits is None
+
+
+@pytest.mark.parametrize("C", [37, 8200])
+@pytest.mark.parametrize("change", ["none", "label", "invalid row", "ignored"])
+def test_guard(C: int, change: str) -> None:
+    """One valid row with another label drops the kl of the step as a whole."""
+    args = make(5, C, 3, stats=STATS.clone(), last_valid=torch.ones(3, dtype=torch.uint8))
+    last_labels = args.labels[:3].clone()
+    if change != "none":
+        last_labels[1] = (last_labels[1] + 1) % C
+    if change == "invalid row":
+        args.last_valid[1] = 0
+    if change == "ignored":
+        args.labels[1] = -100
+    out = check(args._replace(last_labels=last_labels))
+    assert (out.parts[3] > 0) == (change in ("none", "invalid row"))
+    dropped = args._replace(last_labels=last_labels, kl_count=torch.tensor(5.0), stats=None)
+    assert (check(dropped).parts[3] > 0) == (change in ("none", "invalid row"))
+
+
+def test_guard_drops_a_teacher_of_nan() -> None:
+    args = make(4, 37, 2, last_labels=torch.tensor([-5, -5]))
+    args.last_logits.fill_(NAN)
+    assert check(args).loss.isfinite()
+
+
+@pytest.mark.parametrize("C", [37, 8200])
+def test_rows_that_are_not_finite(C: int) -> None:
+    """Row by row: which gives NaN, which +inf, which never teaches; ignored rows hold anything."""
+    args = make(8, C, 4, fresh=8)
+    z, p, y = args.logits, args.last_logits, args.labels
+    z[0, 3], z[4, 5], z[5] = NAN, INF, -INF
+    y[:] = 7
+    z[1, 9] = p[1, 9] = -INF  # both exclude a class
+    p[2, 11] = -INF  # only the teacher
+    check(args)
+    y[[0, 4, 5]] = -100
+    out = check(args)
+    assert out.loss.isfinite() and not out.dlogits[[0, 4, 5]].any()
+    assert out.next_valid.tolist() == [0, 1, 1, 1, 0, 0, 1, 1]
+    z[3, 2] = -INF  # only the student, where q underflows
+    p[3, 2] = -1e4
+    out = check(args)
+    assert out.loss == INF and out.dlogits.isfinite().all()
+    assert check(args._replace(alpha=0.0)).loss.isfinite()
+
+
+@pytest.mark.parametrize("C", [37, 8200])
+def test_masks_of_finfo_min(C: int) -> None:
+    args = make(4, C, 2)
+    low = torch.finfo(torch.float32).min
+    args.logits[:, 20:], args.last_logits[:, 20:] = low, low
+    args.labels.remainder_(20)
+    check(args)
+
+
+@pytest.mark.parametrize("C", [37, 8200])
+@pytest.mark.parametrize("label", [-1, 10**6, 2**32 + 1])
+def test_label_out_of_range(C: int, label: int) -> None:
+    """The loss and the gradient of that row are NaN, and nothing outside is read."""
+    args = make(4, C, 2, weight=torch.ones(C))
+    args.labels[1] = label
+    out, _ = forward(args)
+    assert out.loss.isnan() and out.dlogits.isnan().all(1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("C", [37, 8200])
+@pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INF])
+def test_bad_values_in_tensors(C: int, bad: float) -> None:
+    tau = torch.tensor([1.0, bad])
+    out, _ = forward(make(4, C, 2, temperature=tau))
+    assert out.loss.isnan() and out.dlogits.isnan().any(1).tolist() == [False, True, False, False]
+    if not bad >= 0:
+        out, _ = forward(make(4, C, 2, alpha=tau))
+        assert out.loss.isnan() and out.dlogits[1].isnan().all() and out.dlogits[0].isfinite().all()
+
+
+@pytest.mark.parametrize("C", [37, 8200])
+@pytest.mark.parametrize("offsets", [(1e4, 1e4), (1e4, -1e4), (-1e4, 0.0)])
+def test_offsets(C: int, offsets: tuple[float, float]) -> None:
+    args = make(3, C, 2)
+    args.logits.add_(offsets[0])
+    args.last_logits.add_(offsets[1])
+    check(args)
+
+
+@pytest.mark.parametrize("C", [37, 8200])
+def test_confident_rows(C: int) -> None:
+    args = make(3, C, 1)
+    args.logits[torch.arange(3), args.labels] += 20
+    out, want = check(args), reference.forward(in_fp64(args))
+    at = torch.arange(3), args.labels
+    assert ((out.dlogits[at].double() / want.dlogits[at]) - 1).abs()[1:].max() < 3e-6
+
+
+@pytest.mark.parametrize("C", [37, 8200])
+def test_inplace_and_rescale(C: int) -> None:
+    args = make(4, C, 2, inplace=True)
+    wide = torch.zeros(4, C + 3)
+    wide[:, :C] = args.logits
+    args = args._replace(logits=wide[:, :C])
+    want = reference.forward(in_fp64(args))
+    out, checker = forward(args)
+    assert out.dlogits is args.logits and not wide[:, C:].any()
+    close(out.dlogits, want.dlogits, 1e-6)
+    assert torch.equal(out.next_logits.double(), want.next_logits)
+    before = wide.clone()
+    for dloss in (1.0, -3.7):
+        d = torch.tensor(dloss)
+        with Checker({"dlogits": args.logits, "dloss": d}) as checker:
+            triton_kernels.rescale_(args.logits, d, 1.0)
+        assert (checker.loads["dlogits"] == 0) == (dloss == 1.0)
+        close(wide, before.double() * dloss, 1e-7)
+
+
+def test_empty_batch() -> None:
+    out = triton_kernels.forward(make(0, 5, 0))
+    assert out.loss == 0 and not out.parts.any() and out.dlogits.shape == (0, 5)
+    args = make(0, 5, 0)
+    assert triton_kernels.backward(args, out.parts, torch.tensor(2.0), None).shape == (0, 5)
+
+
+@pytest.mark.parametrize("C", [10, 8200])
+def test_counts_in_a_launch_before(C: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above a number of labels the counts come from chunks; the values stay the same."""
+    options = {"weight": torch.rand(C), "stats": STATS.clone()}
+    args = make(11, C, 7, **options)._replace(last_labels=torch.zeros(7, dtype=torch.int64))
+    for guard in (args.labels[:7].clone(), args.last_labels):
+        one = check(args._replace(last_labels=guard))
+        with monkeypatch.context() as m:
+            m.setattr(triton_kernels, "_COUNT_WORK", 0)
+            m.setattr(triton_kernels, "_COUNT_WARP", 1)
+            triton_kernels._workspaces.clear()
+            both = triton_kernels.forward_launches(args, triton_kernels._outputs(args))
+            assert len(both) == 2 and (both[0].grid > 1)
+            two = check(args._replace(last_labels=guard))
+        triton_kernels._workspaces.clear()
+        assert torch.equal(one.parts[2:], two.parts[2:])
+        close(two.dlogits, one.dlogits.double(), 1e-7)
+
+
+@pytest.mark.parametrize("C", [10, 8200])
+def test_pair(C: int) -> None:
+    """Five steps over two buffers whose roles are decided on the device equal five steps with
+    copies; the first finds no teacher, the fourth another chain."""
+    rows = 3
+    pair = CachePair(
+        torch.full((2, rows, C), NAN),
+        torch.zeros(2, rows, dtype=torch.int64),
+        torch.zeros(2, rows, dtype=torch.uint8),
+        torch.zeros(1, dtype=torch.int32),
+    )
+    stats, want_stats = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    last = LossOutputs(*[torch.empty(0)] * 3, pair.logits[0], pair.labels[0], pair.valid[0])
+    labels = torch.randint(0, C, (rows,), generator=torch.Generator().manual_seed(5))
+    for step in range(5):
+        args = make(2 * rows, C, rows, seed=step, fresh=rows)
+        if step != 3:
+            args.labels[:rows] = labels
+        labels = args.labels[rows:].clone()
+        plain = args._replace(last_logits=last.next_logits.clone(), last_valid=last.next_valid,
+                              last_labels=last.next_labels, stats=want_stats)
+        want, _ = forward(plain)
+        args = args._replace(last_logits=None, pair=pair, stats=stats)
+        got, _ = forward(args, order=step)
+        assert int(pair.parity) == (step + 1) % 2
+        assert torch.equal(got.loss, want.loss) and torch.equal(got.parts, want.parts)
+        assert torch.equal(got.dlogits, want.dlogits)
+        assert (got.parts[3] > 0) == (step in (1, 2, 4))
+        new = int(pair.parity)
+        assert torch.equal(pair.logits[new], want.next_logits)
+        assert torch.equal(pair.labels[new], want.next_labels) and pair.valid[new].all()
+        assert got.next_logits is None and torch.equal(stats, want_stats)
+        again, _ = backward(args, got.parts, -3.7, None)
+        assert torch.equal(again, backward(plain, want.parts, -3.7, None)[0])
+        last = want
+
+
+def test_pair_without_overlap() -> None:
+    """A step without overlap rows still fills the cache and changes the slot."""
+    pair = CachePair(
+        torch.zeros(2, 4, 10), torch.zeros(2, 4, dtype=torch.int64),
+        torch.zeros(2, 4, dtype=torch.uint8), torch.ones(1, dtype=torch.int32),
+    )  # fmt: skip
+    args = make(4, 10, 0, fresh=4, pair=pair)
+    forward(args)
+    assert int(pair.parity) == 0 and torch.equal(pair.logits[0], args.logits)
+    assert pair.valid.tolist() == [[1] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize("shape", [(40, 10, 20), (9, 100, 5), (5, 1003, 3), (4, 8200, 2)], ids=str)
+def test_any_order_of_programs_gives_the_same_bits(shape: tuple[int, int, int]) -> None:
+    args = make(*shape, weight=torch.rand(shape[1]), last_labels=None)
+    one, _ = forward(args)
+    for order in range(2):
+        two, _ = forward(args, order)
+        for a, b in zip(one, two, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("C", [10, 100, 1000, 8192])
+def test_each_byte_moves_once(C: int, dtype: torch.dtype) -> None:
+    B, m = 4, 2
+    args = make(B, C, m, dtype)
+    traffic_is_ideal(forward(args)[1], args)
+    out, _ = forward(args)
+    _, checker = backward(args, out.parts, 1.0, out.dlogits)
+    assert checker.stores["dlogits"] == checker.loads["logits"] == 0
+    _, checker = backward(args, out.parts, 2.0, out.dlogits)
+    row = C * dtype.itemsize
+    assert (checker.loads["logits"], checker.loads["last_logits"]) == (B * row, m * row)
+    assert checker.stores["dlogits"] == B * row
+
+
+def traffic_is_ideal(checker: Checker, args: LossArgs) -> None:
+    row = args.logits.shape[1] * args.logits.element_size()
+    B, m = len(args.logits), args.overlap
+    read = checker.loads["logits"], checker.loads["last_logits"]
+    assert read == (B * row, m * row)
+    assert checker.stores["dlogits"] == B * row
+    assert checker.stores["next_logits"] == args.fresh * row
+    for name in ("dlogits", "next_logits"):
+        assert checker.loads[name] == 0
+
+
+def test_a_long_row_is_read_twice() -> None:
+    args = make(2, 8200, 1)
+    _, checker = forward(args)
+    assert checker.loads["logits"] == 2 * args.logits.nbytes
+    assert checker.loads["last_logits"] == 2 * args.last_logits.nbytes
+    assert checker.stores["dlogits"] == args.logits.nbytes
+
+
+def test_rows_without_a_teacher_read_none() -> None:
+    valid = torch.tensor([1, 0], dtype=torch.uint8)
+    for C in (10, 8200):
+        args = make(4, C, 2, last_valid=valid)
+        _, checker = forward(args)
+        once = 1 if C == 10 else 2
+        assert checker.loads["last_logits"] == once * C * 4
+
+
+def patched(tmp_path: Path, old: str, new: str) -> ModuleType:
+    """The shipped kernels with a fault planted in their text."""
+    text = Path(triton_kernels.__file__).read_text()
+    assert text.count(old) >= 1, f"the patch does not apply: {old!r}"
+    path = tmp_path / "patched_kernels.py"
+    path.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("patched_kernels", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_planted_second_read_is_caught(tmp_path: Path) -> None:
+    again = "z = tl.load(logits + (row64 * step * UNIT)[:, None] + cols[None, :], mask=inside)"
+    module = patched(tmp_path, "z = raw.to(real)\n    n =", f"{again}.to(real)\n    n =")
+    args = make(4, 100, 2)
+    with pytest.raises(AssertionError):
+        traffic_is_ideal(forward(args, module=module)[1], args)
+
+
+def test_planted_access_out_of_bounds_is_caught(tmp_path: Path) -> None:
+    module = patched(tmp_path, "inside = (rows < B)[:, None] & seen", "inside = (rows < B + 1)[:, None] & seen")
+    with pytest.raises(InterpreterError, match="out of bounds"):
+        forward(make(5, 100, 2), module=module)
+
+
+def test_planted_write_conflict_is_caught(tmp_path: Path) -> None:
+    module = patched(tmp_path, "rows = tl.program_id(0) * ROWS", "rows = tl.program_id(0) // 2 * ROWS")
+    with pytest.raises(InterpreterError, match="both write"):
+        forward(make(8, 100, 2), module=module)
+
+
+def test_planted_counter_that_stays_is_caught(tmp_path: Path) -> None:
+    module = patched(tmp_path, 'tl.atomic_xchg(sums.counter, 0, sem="relaxed")', "pass")
+    args = make(5, 100, 2)
+    assert forward(args, module=module)[0].loss.isfinite()
+    assert forward(args, module=module)[0].loss.isnan()
+    for _ in range(3):
+        assert forward(args)[0].loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+def test_offsets_beyond_32_bits(dtype: torch.dtype) -> None:
+    """Rows 2^32 elements apart, in memory that is never touched between them."""
+    step, C = 2**32 + 16, 10
+    wide = torch.UntypedStorage((step + C) * dtype.itemsize)
+    z = torch.tensor([], dtype=dtype).set_(wide, 0, (2, C), (step, 1))
+    narrow = make(2, C, 1, dtype)
+    z.copy_(narrow.logits)
+    out = check(narrow)
+    got, _ = forward(narrow._replace(logits=z))
+    for a, b in zip(out, got, strict=True):
+        assert torch.equal(a, b)
