@@ -352,13 +352,13 @@ def time_all(
     sizes = {}
     for variant, call, _ in ready:
         work = (variant.work, mode)
+        calls[variant.name] = call
         if variant.work == "copy":
             work = ("dlb", "forward_backward")
         elif backward:
-            call = partial(step, call, x.logits)
+            calls[variant.name] = partial(step, call, x.logits)
         elif variant.work == "dlb+cache":
-            continue
-        calls[variant.name] = call
+            del calls[variant.name]
         sizes[variant.name] = ideal_bytes(B, C, B // 2, x.logits.element_size(), *work)
     if not calls:
         return

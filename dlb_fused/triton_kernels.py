@@ -678,7 +678,8 @@ def _loop_row(
                 (other, x_y, w_sum, wx_sum), y, valid, shares[0], batch, smoothing, C, real)
         if p_row is not None:
             kl, distil = _distil_terms(dot, St, T, tau, a, taught, real)
-    fit = tl.where(other + tl.exp2(x_y) > 0, 0.0, float("nan"))
+    e_y = tl.where(label >= 0, tl.exp2(x_y), 0.0)
+    fit = tl.where(other + e_y > 0, 0.0, float("nan"))
     return ce, kl, distil, fit
 
 

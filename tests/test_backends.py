@@ -310,19 +310,38 @@ def test_gradcheck(C: int, backend_device: tuple[str, str]) -> None:
     assert torch.autograd.gradcheck(f, x.logits, fast_mode=C > 100)
 
 
-def test_rows_beyond_two_to_the_31_elements(backend_device: tuple[str, str]) -> None:
+def test_views_that_begin_anywhere(backend_device: tuple[str, str]) -> None:
+    """Neither rows nor labels begin at a multiple of 16 bytes."""
+    backend, device = backend_device
+    for C in (32, 33):
+        x = Case("", B=6, C=C, m=3).make(device)
+        wide = torch.full((6, C + 4), torch.nan, device=device)
+        wide[:, 1 : C + 1] = x.logits.detach()
+        long = torch.full((7,), 10**6, device=device)
+        long[1:] = x.labels
+        logits, last = wide[:, 1 : C + 1].requires_grad_(), wide.clone()[:3, 1 : C + 1]
+        last.copy_(x.last_logits)
+        loss = dlb_loss(logits, long[1:], last, backend=backend)
+        (gradient,) = torch.autograd.grad(loss * 2, logits)  # type: ignore[operator]
+        assert relative_error(gradient, fp64_truth(x, 2.0)[1]) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beyond"), [(torch.float32, 2**31), (torch.bfloat16, 2**32)], ids=str
+)
+def test_rows_far_apart(dtype: torch.dtype, beyond: int, backend_device: tuple[str, str]) -> None:
     """A 32-bit offset wraps to another row; the untouched pages between the rows cost nothing."""
     backend, device = backend_device
-    B, C, stride = 4, 5, 2**31 // 2 + 8  # row 3 begins beyond 2^31 elements
-    for dtype in (torch.float32, torch.bfloat16):
-        x = Case("", B=B, C=C, m=B, dtype=dtype).make(device)
-        wide = torch.empty(3 * stride + C, dtype=dtype, device=device).as_strided(
-            (B, C), (stride, 1)
-        )
-        wide.copy_(x.logits.detach())
-        wide.requires_grad_()
-        loss = dlb_loss(wide, x.labels, x.last_logits, backend=backend)
-        (gradient,) = torch.autograd.grad(loss, wide)  # type: ignore[arg-type]
-        want = fp64_truth(x)[1]
+    stride = beyond // 3 + 8  # row 3 begins beyond 2^31 or 2^32 elements
+    x = Case("", B=4, C=5, m=4, dtype=dtype).make(device)
+    for far in ("logits", "last_logits"):
+        near = getattr(x, far).detach()
+        wide = torch.empty(3 * stride + 5, dtype=dtype, device=device)
+        rows = wide.as_strided((4, 5), (stride, 1)).copy_(near)
+        given = {"logits": x.logits, "last_logits": x.last_logits, far: rows}
+        logits = given["logits"].detach().requires_grad_()
+        loss = dlb_loss(logits, x.labels, given["last_logits"], backend=backend)
+        (gradient,) = torch.autograd.grad(loss * 2, logits)  # type: ignore[operator]
+        want = fp64_truth(x, 2.0)[1]
         assert relative_error(gradient, want) <= gradient_tolerance(want, dtype)
-        del wide, gradient
+        del wide, rows, given, logits, loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from cases import GRADIENT_TOLERANCE, Inputs, fp64_truth, loss_tolerance, relative_error, widen
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 @st.composite
 def inputs(draw: st.DrawFn) -> Inputs:
-    B = draw(st.integers(1, 9))
+    B = draw(st.integers(1, 6))
     C = draw(st.one_of(st.integers(1, 40), st.integers(41, 700)))
     m = draw(st.integers(0, B))
     dtype = draw(st.sampled_from(DTYPES))
@@ -49,19 +48,17 @@ def inputs(draw: st.DrawFn) -> Inputs:
     return Inputs(z.requires_grad_(), labels, p, options)
 
 
-@pytest.mark.parametrize("dloss", [1.0, 512.0])
-def test_any_input(dloss: float, backend_device: tuple[str, str]) -> None:
+def test_any_input(backend_device: tuple[str, str]) -> None:
     backend, device = backend_device
-    interpreted = backend == "triton" and device == "cpu"
 
     @settings(
-        max_examples=20 if interpreted else 200,
+        max_examples=200,
         derandomize=True,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(inputs())
-    def check(x: Inputs) -> None:
+    @given(inputs(), st.sampled_from([1.0, 512.0]))
+    def check(x: Inputs, dloss: float) -> None:
         x = Inputs(
             x.logits.detach().to(device).requires_grad_(),
             x.labels.to(device),
