@@ -5,11 +5,13 @@ Without a C++ compiler the package is installed without it, and says so in one l
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -34,7 +36,7 @@ rule compile
   deps = gcc
   description = compile $out
 rule link
-  command = {link} $in -o $out
+  command = {link} -o $out
   description = link $out
 """
 
@@ -50,19 +52,21 @@ def word(path: Path | str) -> str:
 
 class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        compiler = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
-        if shutil.which(compiler[0]) is None:
+        cxx = cxx_command(self.compiler)
+        if cxx is None:
             print(
-                f"dlb_fused: no C++ compiler ({compiler[0]}) found, so the CPU kernel is not "
-                "built; plain PyTorch operations take its place",
+                "dlb_fused: no C++ compiler found, so the CPU kernel is not built; plain PyTorch "
+                "operations take its place",
                 file=sys.stderr,
             )
             return
-        build = Path(self.build_temp).resolve()
+        # An editable install builds in a new temporary folder each time.
+        temp = ROOT / f"build/{sys.implementation.cache_tag}" if self.editable_mode else None
+        build = Path(temp or self.build_temp).resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(self.ninja_file(compiler[0], target))
+        (build / "build.ninja").write_text(self.ninja_file(cxx, target))
         subprocess.run([ninja(), "-C", str(build)], check=True)
 
     def ninja_file(self, cxx: str, target: Path) -> str:
@@ -87,10 +91,20 @@ class BuildExt(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
+def cxx_command(compiler: Any) -> str | None:
+    """The C++ compiler as a shell command: $CXX, Python's own, or any other on PATH."""
+    if sys.platform == "win32":
+        return None
+    asked = os.environ.get("CXX")
+    own = " ".join(compiler.compiler_cxx)
+    names = [asked] if asked else [own, "c++", "g++", "clang++"]
+    return next((name for name in names if name and shutil.which(name.split()[0])), None)
+
+
 def link_command(cxx: str) -> str:
     if sys.platform == "darwin":
-        return f"{cxx} -bundle -undefined dynamic_lookup"
-    return f"{cxx} -shared -s -ldl"
+        return f"{cxx} -bundle -undefined dynamic_lookup $in"
+    return f"{cxx} -shared -s $in -ldl"
 
 
 def ninja() -> str:

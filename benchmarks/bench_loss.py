@@ -593,7 +593,7 @@ def draw_panel(axis: Any, results: list[Result]) -> None:
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter("{x:g}×")
     axis.axhline(1, color="black", linewidth=1)
-    axis.set_xticks(range(len(shapes)), [f"{B}×{C}" for B, C in shapes])
+    axis.set_xticks(range(len(shapes)), [f"{B}×{C}" for B, C in shapes], fontsize=9)
     axis.set_xlabel("B×C of the logits")
     axis.grid(axis="y", alpha=0.3)
     axis.margins(y=0.15)

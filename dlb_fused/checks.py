@@ -24,7 +24,7 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
         )
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64 class indices, got {dtype_name(labels)}")
-    if labels.dim() != 1 or len(labels) != len(logits):
+    if labels.shape != logits.shape[:1]:
         raise ValueError(
             f"labels must have shape ({len(logits)},), one for each row of logits, "
             f"got {tuple(labels.shape)}"
@@ -43,7 +43,7 @@ def check_last_logits(last_logits: Tensor, logits: Tensor) -> Tensor:
     m, C = last_logits.shape
     if C != logits.shape[1]:
         raise ValueError(f"last_logits must have the {logits.shape[1]} classes of logits, got {C}")
-    if m > len(logits):
+    if m > logits.shape[0]:
         raise ValueError(f"last_logits has {m} rows, more than the {len(logits)} rows of logits")
     if last_logits.dtype not in DTYPES:
         raise TypeError(
@@ -65,7 +65,7 @@ def check_ids(ids: Tensor, logits: Tensor) -> None:
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         came = dtype_name(ids) if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids must be an int64 tensor, got {came}")
-    if ids.dim() != 1 or len(ids) != len(logits):
+    if ids.shape != logits.shape[:1]:
         raise ValueError(
             f"ids must have shape ({len(logits)},), one for each row of logits, "
             f"got {tuple(ids.shape)}"

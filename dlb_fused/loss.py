@@ -117,7 +117,7 @@ def dlb_loss(
     m = 0
     if last_logits is not None:
         last_logits = check_last_logits(last_logits, logits)
-        m = len(last_logits)
+        m = last_logits.shape[0]
     options = check_options(
         logits, m, weight, ignore_index, label_smoothing, temperature, alpha, normalizer, grad_scale
     )
@@ -293,14 +293,14 @@ class DLBLoss(nn.Module):
         refuse_export()
         if self._stats is None or self._stats.device != logits.device:
             self._stats = torch.zeros(3, dtype=torch.int64, device=logits.device)
-        B = len(logits)
+        B = logits.shape[0]
         if overlap is not None and not (type(overlap) is int and 0 <= overlap <= B):
             raise ValueError(f"overlap must be an int from 0 to {B}, got {overlap!r}")
         if self.capturable:
             return self._static_lesson(logits, ids, overlap)
         refuse_capture(logits)
         cache = self._teacher(logits)
-        m = overlap if overlap is not None else (0 if cache is None else len(cache.labels))
+        m = overlap if overlap is not None else (0 if cache is None else cache.labels.shape[0])
         if m > B:
             raise ValueError(
                 f"the batch is smaller than its overlap: it has {B} rows, but {m} rows of the last "
@@ -312,15 +312,17 @@ class DLBLoss(nn.Module):
         if ids is not None and cache.ids is not None:
             rows = match_rows(ids[:m], cache.ids)
             return Lesson(cache.logits, m, rows, None, cache.valid, B - m)
-        taught = min(m, len(cache.labels))
+        taught = min(m, cache.labels.shape[0])
         return Lesson(cache.logits[:taught], taught, None, cache.labels, cache.valid, B - m)
 
     def _teacher(self, logits: Tensor) -> Cache | None:
         """The cache of `lag` calls ago, if it can teach these logits; else it is dropped with a
         warning."""
-        if self._written_by not in (None, rank_and_world()):
-            self._drop("it was written by rank {} of {}".format(*self._written_by))  # type: ignore[misc]
-        self._written_by = None
+        if self._written_by is not None:
+            rank, world = self._written_by
+            if (rank, world) != rank_and_world():
+                self._drop(f"it was written by rank {rank} of {world}")
+            self._written_by = None
         cache = self._caches[0] if len(self._caches) == self.lag else None
         if cache is None:
             return None
@@ -368,7 +370,7 @@ class DLBLoss(nn.Module):
         self, computed: Computed, logits: Tensor, ids: Tensor | None, lesson: Lesson, commit: bool
     ) -> None:
         if not self.capturable:
-            self._pending = [self._new_cache(computed, logits, ids, lesson.fresh)]
+            self._pending[:] = [self._new_cache(computed, logits, ids, lesson.fresh)]
             if commit:
                 self.commit()
         if not torch.compiler.is_compiling() and self._stats is not None:
@@ -389,8 +391,8 @@ class DLBLoss(nn.Module):
 
     def commit(self) -> None:
         """Makes the fresh rows of the last call with commit=False the newest of the cache."""
-        self._caches = [*self._caches, *self._pending][-self.lag :]
-        self._pending = []
+        self._caches[:] = [*self._caches, *self._pending][-self.lag :]
+        self._pending.clear()
 
     @property
     def parts(self) -> DLBParts:
@@ -406,7 +408,9 @@ class DLBLoss(nn.Module):
 
     def reset(self) -> None:
         """Forgets the last logits and the counts: the next batch begins a new chain."""
-        self._caches, self._pending, self._written_by = [], [], None
+        self._caches.clear()
+        self._pending.clear()
+        self._written_by = None
         for counts in (self._stats, self._pair and self._pair.valid):
             if counts is not None:
                 counts.zero_()

@@ -6,6 +6,7 @@ csrc/cpu/args.h); the tensors named in `LossArgs` keep the memory alive during t
 
 from __future__ import annotations
 
+import importlib
 import struct
 from types import ModuleType
 
@@ -18,8 +19,8 @@ from dlb_fused.reference import label_out_of_range
 _kernel: ModuleType | None = None
 _missing = ""
 try:
-    from dlb_fused import _cpu as _kernel  # type: ignore[no-redef, attr-defined]
-except ImportError as error:
+    _kernel = importlib.import_module("dlb_fused._cpu")
+except ImportError as error:  # not built, or built for another Python or C++ library
     _missing = str(error)
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -279,7 +279,8 @@ class _Epoch:
         self.iterator: weakref.ref[Iterator[list[int]]] | None = None
 
     def is_over(self) -> bool:
-        """Whether all batches were certainly used (or the trainer left among the last ones)."""
+        """Whether the iterator ran out and nobody holds it: every batch that a loader drew ahead
+        was used, or will never be."""
         return self.exhausted and self.iterator is not None and self.iterator() is None
 
     def after(self, consumed: int, lag: int) -> tuple[list[array[int]], Tensor]:

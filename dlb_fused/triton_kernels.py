@@ -39,10 +39,13 @@ else:
     jit = triton.jit
 
 # Padded columns of 4-byte reals that one program can keep in registers without spilling, with the
-# warps for it: 4 to 16 elements a thread. Wider rows are read twice, _LOOP_BLOCK columns at a time.
-_WARPS = ((512, 2), (2048, 4), (4096, 8), (8192, 16))
+# warps for it (4 to 16 elements a thread) and the bound on registers: without one, ptxas prefers to
+# spill a word for another program a multiprocessor. Wider rows are read twice, _LOOP_BLOCK columns
+# at a time, three programs a multiprocessor (two with label smoothing).
+_WARPS = ((512, 2, None), (2048, 4, None), (4096, 8, None), (8192, 16, 128))
 _LOOP_BLOCK = 2048
 _LOOP_WARPS = 8
+_LOOP_REGISTERS = (80, 96)
 # Programs times labels up to which each program counts for itself: some 10 MB read from L2, about
 # the time of the launch that this saves.
 _COUNT_WORK = 1 << 20
@@ -59,20 +62,23 @@ class Plan(NamedTuple):
     block: int  # columns that a program holds at once
     vector: int  # looped: neighbouring columns with one running maximum
     num_warps: int
+    registers: int | None  # bound for a thread
 
 
-@functools.lru_cache(maxsize=None)
-def plan(columns: int, real_bytes: int, item_bytes: int) -> Plan:
+@functools.cache
+def plan(columns: int, real_bytes: int, item_bytes: int, smoothing: bool) -> Plan:
     """The one table of forms, tiles and warps, for rows of `columns` elements."""
-    scale = real_bytes // 4
+    scale = 1 if real_bytes == 4 else 4  # twice the registers, and more for exp2
     block = 1 << (columns - 1).bit_length()
-    for widest, warps in _WARPS:
+    for widest, warps, registers in _WARPS:
         if block * scale <= widest:
             # Several short rows: one access of 16 bytes a thread, 4 elements where rows are odd.
             wide = columns * item_bytes % 16 == 0
             tile = 32 * warps * (16 // item_bytes if wide else 4)
-            return Plan(False, max(1, min(32 * warps, tile // block)), block, 1, warps)
-    return Plan(True, 1, _LOOP_BLOCK // scale, 16 // item_bytes, _LOOP_WARPS)
+            rows = max(1, min(32 * warps, tile // block))
+            return Plan(False, rows, block, 1, warps, registers)
+    registers = _LOOP_REGISTERS[smoothing] if real_bytes == 4 else 128
+    return Plan(True, 1, _LOOP_BLOCK // scale, 16 // item_bytes, _LOOP_WARPS, registers)
 
 
 # The arguments of the kernels, in groups. A field that is None is left out of the compiled code.
@@ -107,6 +113,9 @@ class Sums(NamedTuple):
     scratch: Any
     counter: Any
 
+
+# The kernels pass many arguments; one a line would double their length.
+# fmt: off
 
 # ---- scalars ----
 
@@ -207,8 +216,10 @@ def _tally(rows, batch, size, C: tl.constexpr, TEACHER: tl.constexpr, real: tl.c
 
 
 @jit
-def _count(batch, chunks, size, C: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr,
-           real: tl.constexpr):
+def _count(
+    batch, chunks, size, C: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr,
+    real: tl.constexpr,
+):
     """ce_count of the step, and its numbers of taught (guard apart) and of differing rows."""
     B = size[0]
     lane = tl.arange(0, BLOCK)
@@ -249,8 +260,10 @@ def _count_kernel(
 
 
 @jit
-def _step_counts(batch, counts, size, C: tl.constexpr, TEACHER: tl.constexpr,
-                 COUNT: tl.constexpr, BLOCK: tl.constexpr, real: tl.constexpr):
+def _step_counts(
+    batch, counts, size, C: tl.constexpr, TEACHER: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr, real: tl.constexpr,
+):
     """ce_count, kl_count, and whether rows are taught; then taught and differing rows for stats."""
     ce = tl.full((), 0, real)
     kl = tl.full((), 0, real)
@@ -312,8 +325,10 @@ def _label_terms(sums, y, valid, share, batch, smoothing, C: tl.constexpr, real:
 
 
 @jit
-def _teaching(temperature, alpha, rows, taught, kl_share, TAUS: tl.constexpr, ALPHAS: tl.constexpr,
-              real: tl.constexpr):
+def _teaching(
+    temperature, alpha, rows, taught, kl_share, TAUS: tl.constexpr, ALPHAS: tl.constexpr,
+    real: tl.constexpr,
+):
     """For each row τ, α, and the factor of equation (6), 0 where it is not taught.
 
     A bad value of a taught row is NaN, and makes its row NaN.
@@ -356,8 +371,9 @@ def _total(values, n, BLOCK: tl.constexpr, real: tl.constexpr):
 
 
 @jit
-def _finish(own, counts, m, batch, sums, TEACHER: tl.constexpr, BLOCK: tl.constexpr,
-            real: tl.constexpr):
+def _finish(
+    own, counts, m, batch, sums, TEACHER: tl.constexpr, BLOCK: tl.constexpr, real: tl.constexpr
+):
     """Leaves the sums of this program; the last program writes loss, parts and stats.
 
     The barrier orders the stores and reads of all threads before the release of one of them. The
@@ -468,12 +484,13 @@ def _tile_rows(
     return g, ce, kl, distil, other + x_y
 
 
-@jit(do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "B", "m", "fresh",
-                        "slot_rows", "step", "last_step", "out_step", "ignore_index"])
+@jit(
+    do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "B", "m", "fresh",
+    "slot_rows", "step", "last_step", "out_step", "ignore_index"]
+)
 def _tile_kernel(
-    logits, last_logits, dlogits, dloss, batch, counts, cache, sums,
-    temperature, alpha, grad_scale, smoothing,
-    B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
+    logits, last_logits, dlogits, dloss, batch, counts, cache, sums, temperature, alpha,
+    grad_scale, smoothing, B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
     step: tl.int64, last_step: tl.int64, out_step: tl.int64, ignore_index: tl.int64,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     UNIT: tl.constexpr, COUNT: tl.constexpr, TAUS: tl.constexpr, ALPHAS: tl.constexpr,
@@ -497,8 +514,10 @@ def _tile_kernel(
     seen = (cols < C)[None, :]
     inside = (rows < B)[:, None] & seen
     row64 = rows.to(tl.int64)
-    raw = tl.load(logits + (row64 * step * UNIT)[:, None] + cols[None, :], mask=inside,
-                  other=float("-inf"), eviction_policy="evict_first")
+    raw = tl.load(
+        logits + (row64 * step * UNIT)[:, None] + cols[None, :], mask=inside, other=float("-inf"),
+        eviction_policy="evict_first"
+    )
     y = tl.load(batch.labels + rows, mask=rows < B, other=ignore_index)
     valid = y != ignore_index
     taught = valid
@@ -506,9 +525,10 @@ def _tile_kernel(
     if TEACHER:
         row, may = _teacher(rows, batch, size)
         taught = may & valid
-        p = tl.load(last_logits + (row * last_step * UNIT)[:, None] + cols[None, :],
-                    mask=taught[:, None] & seen, other=float("-inf"),
-                    eviction_policy="evict_first").to(real)
+        p = tl.load(
+            last_logits + (row * last_step * UNIT)[:, None] + cols[None, :], mask=taught[:,
+            None] & seen, other=float("-inf"), eviction_policy="evict_first"
+        ).to(real)
 
     to, kept = _cache_row(rows, B, fresh, slot_rows - first)
     if cache.labels is not None:
@@ -521,21 +541,34 @@ def _tile_kernel(
     GRAD: tl.constexpr = dlogits is not None
     if TEACHER:
         taught = (taught.to(tl.int32) * n[2]) > 0
-        if tl.max(taught.to(tl.int32), 0) > 0:
+        # Of several rows some may not be taught. A condition that the compiler knows to be the same
+        # for all threads: any other doubles the code around the shuffles.
+        some = tl.program_id(0) * ROWS < m
+        if ROWS == 1:
+            some = tl.max(taught.to(tl.int32), 0) > 0
+        else:
+            p = tl.where(taught[:, None], p, float("-inf"))
+        if some:
             g, ce, kl, distil, fit = _tile_rows(
                 z, p, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing,
-                C, TAUS, ALPHAS, GRAD, real)
+                C, TAUS, ALPHAS, GRAD, real
+            )
         else:
             g, ce, kl, distil, fit = _tile_rows(
-                z, None, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing,
-                C, TAUS, ALPHAS, GRAD, real)
+                z, None, y, valid, taught, rows, cols, shares, batch, temperature, alpha,
+                smoothing, C, TAUS, ALPHAS, GRAD, real
+            )
     else:
         g, ce, kl, distil, fit = _tile_rows(
-            z, None, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing,
-            C, TAUS, ALPHAS, GRAD, real)
+            z, None, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing, C,
+            TAUS, ALPHAS, GRAD, real
+        )
     if GRAD:
-        tl.store(dlogits + (row64 * out_step * UNIT)[:, None] + cols[None, :],
-                 g.to(dlogits.dtype.element_ty), mask=inside)
+        tl.store(
+            dlogits + (row64 * out_step * UNIT)[:, None] + cols[None, :],
+            g.to(dlogits.dtype.element_ty),
+            mask=inside,
+        )
     if cache.valid is not None:
         tl.store(cache.valid + to, (fit == fit).to(tl.uint8), mask=kept)
     if not BACKWARD:
@@ -548,11 +581,14 @@ def _tile_kernel(
 
 @jit
 def _loop_sums(
-    z_row, p_row, next_row, kept, y, k, weight, smoothing,
-    C: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, real: tl.constexpr,
+    z_row, p_row, next_row, kept, y, k, weight, smoothing, C: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, real: tl.constexpr,
 ):
-    """First pass: max z log2(e), Σ_{c≠y} e, z_y, St, max z' log2(e), T, Σ w. Every VECTOR neighbouring columns
-    share a running maximum, which starts finite so that no difference is NaN without cause."""
+    """First pass: max z log2(e), Σ_{c≠y} e, z_y, St, max z' log2(e), T, Σ w.
+
+    Every VECTOR neighbouring columns share a running maximum. It starts finite, so that no
+    difference is NaN without cause.
+    """
     LANES: tl.constexpr = BLOCK // VECTOR
     lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     lowest = -1.7976931348623157e308 if real == tl.float64 else -3.4028234663852886e38
@@ -577,8 +613,9 @@ def _loop_sums(
         e = tl.where(hit, 0.0, tl.exp2(x))
         other = other * tl.exp2(z_max - top) + tl.sum(e, 1)
         if p_row is not None:
-            p = tl.load(p_row + col, mask=col < C, other=float("-inf"),
-                        eviction_policy="evict_last").to(real)
+            p = tl.load(
+                p_row + col, mask=col < C, other=float("-inf"), eviction_policy="evict_last"
+            ).to(real)
             p_top = tl.maximum(p_max, tl.max(p, 1) * _log2e(real))
             St = St * tl.exp2((z_max - top) * k) + tl.sum(tl.exp2(x * k), 1)
             q = tl.exp2(_exponent(p, p_top[:, None], real) * k)
@@ -600,11 +637,13 @@ def _loop_sums(
 
 @jit
 def _loop_gradient(
-    z_row, p_row, out_row, y, valid, z_top, p_top, k, factors, weight, smoothing,
-    C: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, real: tl.constexpr,
+    z_row, p_row, out_row, y, valid, z_top, p_top, k, factors, weight, smoothing, C: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, real: tl.constexpr,
 ):
-    """Second pass: writes the gradient, returns Σ q (u - x) (without 1/T) and Σ w x. From the end of
-    the row to its start: what was read last is still in the caches."""
+    """Second pass: writes the gradient, returns Σ q (u - x) (without 1/T) and Σ w x.
+
+    From the end of the row to its start: what was read last is still in the caches.
+    """
     factor, at_label, less, from_student, from_teacher = factors
     LANES: tl.constexpr = BLOCK // VECTOR
     lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
@@ -613,8 +652,9 @@ def _loop_gradient(
     LAST: tl.constexpr = (C - 1) // BLOCK * BLOCK
     for back in range(0, C, BLOCK):
         col = LAST - back + lane
-        z = tl.load(z_row + col, mask=col < C, other=float("-inf"),
-                    eviction_policy="evict_first").to(real)
+        z = tl.load(
+            z_row + col, mask=col < C, other=float("-inf"), eviction_policy="evict_first"
+        ).to(real)
         x = _exponent(z, z_top, real)
         w = (col < C).to(real)
         if smoothing is not None:
@@ -626,8 +666,9 @@ def _loop_gradient(
             g -= less * w
         g = tl.where(col == y, at_label, g)
         if p_row is not None:
-            p = tl.load(p_row + col, mask=col < C, other=float("-inf"),
-                        eviction_policy="evict_first").to(real)
+            p = tl.load(
+                p_row + col, mask=col < C, other=float("-inf"), eviction_policy="evict_first"
+            ).to(real)
             u = _exponent(p, p_top, real)
             q = tl.exp2(u * k)
             g += tl.exp2(x * k) * from_student - q * from_teacher
@@ -643,9 +684,9 @@ def _loop_gradient(
 
 @jit
 def _loop_row(
-    z_row, p_row, out_row, next_row, kept, y, valid, taught, row, shares, batch, temperature, alpha,
-    smoothing, C: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, TAUS: tl.constexpr,
-    ALPHAS: tl.constexpr, real: tl.constexpr,
+    z_row, p_row, out_row, next_row, kept, y, valid, taught, row, shares, batch, temperature,
+    alpha, smoothing, C: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    TAUS: tl.constexpr, ALPHAS: tl.constexpr, real: tl.constexpr,
 ):
     """Writes the gradient of a row; returns ce, kl, α τ² kl, and NaN if it must never teach."""
     label = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
@@ -657,10 +698,12 @@ def _loop_row(
         tau, a, share = _teaching(temperature, alpha, row, taught, shares[1], TAUS, ALPHAS, real)
         k = 1.0 / tau
     z_top, other, z_y, St, p_top, T, w_sum = _loop_sums(
-        z_row, p_row, next_row, kept, label, k, batch.weight, smoothing, C, BLOCK, VECTOR, real)
+        z_row, p_row, next_row, kept, label, k, batch.weight, smoothing, C, BLOCK, VECTOR, real
+    )
     x_y = tl.where(label >= 0, _exponent(z_y, z_top, real), 0.0)
     ce, factor, at_label, less = _label_terms(
-        (other, x_y, w_sum, w_sum), y, valid, shares[0], batch, smoothing, C, real)
+        (other, x_y, w_sum, w_sum), y, valid, shares[0], batch, smoothing, C, real
+    )
     kl = tl.full((), 0, real)
     distil = kl
     if out_row is not None or p_row is not None or smoothing is not None:
@@ -670,12 +713,13 @@ def _loop_row(
             from_student = share / St
             from_teacher = share / T
         dot, wx_sum = _loop_gradient(
-            z_row, p_row, out_row, label, valid, z_top, p_top, k,
-            (factor, at_label, less, from_student, from_teacher), batch.weight, smoothing,
-            C, BLOCK, VECTOR, real)
+            z_row, p_row, out_row, label, valid, z_top, p_top, k, (factor, at_label, less,
+            from_student, from_teacher), batch.weight, smoothing, C, BLOCK, VECTOR, real
+        )
         if smoothing is not None:
             ce, _, _, _ = _label_terms(
-                (other, x_y, w_sum, wx_sum), y, valid, shares[0], batch, smoothing, C, real)
+                (other, x_y, w_sum, wx_sum), y, valid, shares[0], batch, smoothing, C, real
+            )
         if p_row is not None:
             kl, distil = _distil_terms(dot, St, T, tau, a, taught, real)
     e_y = tl.where(label >= 0, tl.exp2(x_y), 0.0)
@@ -683,12 +727,13 @@ def _loop_row(
     return ce, kl, distil, fit
 
 
-@jit(do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "B", "m", "fresh",
-                        "slot_rows", "step", "last_step", "out_step", "ignore_index"])
+@jit(
+    do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "B", "m", "fresh",
+    "slot_rows", "step", "last_step", "out_step", "ignore_index"]
+)
 def _loop_kernel(
-    logits, last_logits, dlogits, dloss, batch, counts, cache, sums,
-    temperature, alpha, grad_scale, smoothing,
-    B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
+    logits, last_logits, dlogits, dloss, batch, counts, cache, sums, temperature, alpha,
+    grad_scale, smoothing, B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
     step: tl.int64, last_step: tl.int64, out_step: tl.int64, ignore_index: tl.int64,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     UNIT: tl.constexpr, COUNT: tl.constexpr, TAUS: tl.constexpr, ALPHAS: tl.constexpr,
@@ -726,15 +771,18 @@ def _loop_kernel(
             ce, kl, distil, fit = _loop_row(
                 z_row, last_logits + teacher * last_step * UNIT, out_row, next_row, kept, y, valid,
                 taught, row, shares, batch, temperature, alpha, smoothing, C, BLOCK, VECTOR, TAUS,
-                ALPHAS, real)
+                ALPHAS, real
+            )
         else:
             ce, kl, distil, fit = _loop_row(
                 z_row, None, out_row, next_row, kept, y, valid, taught, row, shares, batch,
-                temperature, alpha, smoothing, C, BLOCK, VECTOR, TAUS, ALPHAS, real)
+                temperature, alpha, smoothing, C, BLOCK, VECTOR, TAUS, ALPHAS, real
+            )
     else:
         ce, kl, distil, fit = _loop_row(
             z_row, None, out_row, next_row, kept, y, valid, valid, row, shares, batch, temperature,
-            alpha, smoothing, C, BLOCK, VECTOR, TAUS, ALPHAS, real)
+            alpha, smoothing, C, BLOCK, VECTOR, TAUS, ALPHAS, real
+        )
     if cache.valid is not None:
         tl.store(cache.valid + to, (fit == fit).to(tl.uint8), mask=kept)
     if not BACKWARD:
@@ -746,9 +794,8 @@ def _loop_kernel(
 
 @jit(do_not_specialize=["grad_scale", "B", "step"])
 def _rescale_kernel(
-    dlogits, dloss, grad_scale, B: tl.int32, step: tl.int64,
-    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
-    real: tl.constexpr,
+    dlogits, dloss, grad_scale, B: tl.int32, step: tl.int64, C: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr, real: tl.constexpr,
 ):
     """dlogits *= dloss / grad_scale, ROWS rows a program; nothing at all if the two are equal."""
     scale, done = _scales(grad_scale, dloss, real)
@@ -764,17 +811,18 @@ def _rescale_kernel(
         tl.store(at + cols, g.to(dlogits.dtype.element_ty), mask=inside)
 
 
+# fmt: on
 # ---- host ----
 
 
 class Launch(NamedTuple):
-    """One launch: kernel[(grid,)](*args, **constants, num_warps=num_warps)."""
+    """One launch: kernel[(grid,)](*args, **constants, **options)."""
 
     kernel: Any
     grid: int
     args: tuple[Any, ...]
     constants: dict[str, Any]
-    num_warps: int
+    options: dict[str, Any]  # of the compiler
 
 
 def _interpreted() -> bool:
@@ -811,13 +859,14 @@ def forward(args: LossArgs) -> LossOutputs:
 
 def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | None) -> Tensor:
     """dloss times the gradient, in one launch that returns at once where dlogits holds it."""
-    fresh = dlogits is None
-    out = torch.empty(args.logits.shape, dtype=args.logits.dtype, device=args.logits.device) if (
-        fresh) else dlogits
-    if out.shape[0]:
-        with _on(out.device):
-            _run(backward_launch(args, parts, dloss, out, fresh))
-    return out
+    always = dlogits is None
+    if dlogits is None:
+        logits = args.logits
+        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if dlogits.shape[0]:
+        with _on(dlogits.device):
+            _run(backward_launch(args, parts, dloss, dlogits, always))
+    return dlogits
 
 
 def rescale_(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> None:
@@ -846,15 +895,27 @@ def forward_launches(args: LossArgs, out: LossOutputs) -> list[Launch]:
         slot_rows = args.pair.logits.shape[1]
         cache = Cache(args.pair.logits if args.copy_logits else None, *args.pair[1:3])
     sums = Sums(out.loss, out.parts, args.stats, space.scratch, space.counter)
-    launch = _row_launch(args, out.dlogits, None, args.grad_scale, batch, last_logits, counts,
-                         cache, sums, slot_rows, form, {**constants, "COUNT": count})
+    launch = _row_launch(
+        args,
+        out.dlogits,
+        None,
+        args.grad_scale,
+        batch,
+        last_logits,
+        counts,
+        cache,
+        sums,
+        slot_rows,
+        form,
+        {**constants, "COUNT": count},
+    )
     if not in_chunks:
         return [launch]
     sizes = (B, args.overlap if last_logits is not None else 0, slot_rows, args.ignore_index)
     block = constants["COUNT_BLOCK"]
     tally = {"C": C, "TEACHER": last_logits is not None, "BLOCK": block}
     chunks = -(-B // block)
-    first = Launch(_count_kernel, chunks, (batch, space.chunks, *sizes), tally, 4)
+    first = Launch(_count_kernel, chunks, (batch, space.chunks, *sizes), tally, {"num_warps": 4})
     return [first, launch]
 
 
@@ -868,25 +929,48 @@ def backward_launch(
     # No dloss equals NaN.
     scale = float("nan") if always else args.grad_scale
     nothing = Sums(None, None, None, None, None)
-    return _row_launch(args, dlogits, dloss, scale, batch, last_logits,
-                       Counts(None, None, None, parts), Cache(None, None, None), nothing, slot_rows,
-                       form, {**constants, "COUNT": False})
+    return _row_launch(
+        args,
+        dlogits,
+        dloss,
+        scale,
+        batch,
+        last_logits,
+        Counts(None, None, None, parts),
+        Cache(None, None, None),
+        nothing,
+        slot_rows,
+        form,
+        {**constants, "COUNT": False},
+    )
 
 
 def rescale_launch(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> Launch:
     """What `rescale_` launches; B > 0."""
     B, C = dlogits.shape
-    form = plan(C, 8 if dlogits.dtype == torch.float64 else 4, dlogits.element_size())
+    real, tl_real = _real(dlogits.dtype)
+    form = plan(C, real.itemsize, dlogits.element_size(), False)
     step = dlogits.stride(0)
     unit = _unit(step)
-    constants = {"C": C, "ROWS": form.rows, "BLOCK": form.block, "UNIT": unit,
-                 "real": _real(dlogits.dtype)[1]}
+    constants = {"C": C, "ROWS": form.rows, "BLOCK": form.block, "UNIT": unit, "real": tl_real}
     args = (dlogits, dloss, _bits(grad_scale), B, step // unit)
-    return Launch(_rescale_kernel, -(-B // form.rows), args, constants, form.num_warps)
+    return Launch(_rescale_kernel, -(-B // form.rows), args, constants, _options(form))
 
 
-def _row_launch(args, dlogits, dloss, grad_scale, batch, last_logits, counts, cache, sums,
-                slot_rows, form, constants) -> Launch:
+def _row_launch(
+    args,
+    dlogits,
+    dloss,
+    grad_scale,
+    batch,
+    last_logits,
+    counts,
+    cache,
+    sums,
+    slot_rows,
+    form,
+    constants,
+) -> Launch:
     unit = constants["UNIT"]
     step = args.logits.stride(0) // unit
     last_step = 0 if last_logits is None else last_logits.stride(-2) // unit
@@ -894,11 +978,30 @@ def _row_launch(args, dlogits, dloss, grad_scale, batch, last_logits, counts, ca
     B = args.logits.shape[0]
     m = 0 if last_logits is None else args.overlap
     smoothing = _bits(args.label_smoothing) if args.label_smoothing else None
-    values = (args.logits, last_logits, dlogits, dloss, batch, counts, cache, sums,
-              _bits(args.temperature), _bits(args.alpha), _bits(grad_scale), smoothing,
-              B, m, args.fresh, slot_rows, step, last_step, out_step, args.ignore_index)
+    values = (
+        args.logits,
+        last_logits,
+        dlogits,
+        dloss,
+        batch,
+        counts,
+        cache,
+        sums,
+        _bits(args.temperature),
+        _bits(args.alpha),
+        _bits(grad_scale),
+        smoothing,
+        B,
+        m,
+        args.fresh,
+        slot_rows,
+        step,
+        last_step,
+        out_step,
+        args.ignore_index,
+    )
     kernel = _loop_kernel if form.looped else _tile_kernel
-    return Launch(kernel, -(-B // form.rows), values, constants, form.num_warps)
+    return Launch(kernel, -(-B // form.rows), values, constants, _options(form))
 
 
 def _form(args: LossArgs, dlogits: Tensor | None) -> tuple[Plan, dict[str, Any]]:
@@ -906,15 +1009,20 @@ def _form(args: LossArgs, dlogits: Tensor | None) -> tuple[Plan, dict[str, Any]]
     logits = args.logits
     real, tl_real = _real(logits.dtype)
     C = logits.shape[1]
-    form = plan(C, real.itemsize, logits.element_size())
+    form = plan(C, real.itemsize, logits.element_size(), args.label_smoothing != 0)
     last_step = C if args.last_logits is None else args.last_logits.stride(0)
     out_step = C if dlogits is None else dlogits.stride(0)
     constants = {
-        "C": C, "ROWS": form.rows, "BLOCK": form.block, "VECTOR": form.vector,
+        "C": C,
+        "ROWS": form.rows,
+        "BLOCK": form.block,
+        "VECTOR": form.vector,
         "UNIT": _unit(logits.stride(0) | last_step | out_step),
         "TAUS": isinstance(args.temperature, Tensor) and args.temperature.dim() == 1,
         "ALPHAS": isinstance(args.alpha, Tensor) and args.alpha.dim() == 1,
-        "COUNT_BLOCK": _COUNT_WARP * form.num_warps, "SUM_BLOCK": _SUM_WARP * form.num_warps, "real": tl_real,
+        "COUNT_BLOCK": _COUNT_WARP * form.num_warps,
+        "SUM_BLOCK": _SUM_WARP * form.num_warps,
+        "real": tl_real,
     }
     return form, constants
 
@@ -938,12 +1046,14 @@ def _outputs(args: LossArgs) -> LossOutputs:
     parts = torch.empty(4, dtype=real, device=device)
     dlogits = next_logits = next_labels = next_valid = None
     if args.need_grad:
-        dlogits = logits if args.inplace else torch.empty(
-            logits.shape, dtype=logits.dtype, device=device)
+        dlogits = (
+            logits if args.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=device)
+        )
     if args.fresh and args.pair is None:
         if args.copy_logits:
             next_logits = torch.empty(
-                (args.fresh, logits.shape[1]), dtype=logits.dtype, device=device)
+                (args.fresh, logits.shape[1]), dtype=logits.dtype, device=device
+            )
         next_labels = torch.empty(args.fresh, dtype=torch.int64, device=device)
         next_valid = torch.empty(args.fresh, dtype=torch.uint8, device=device)
     return LossOutputs(loss, parts, dlogits, next_logits, next_labels, next_valid)
@@ -951,7 +1061,9 @@ def _outputs(args: LossArgs) -> LossOutputs:
 
 class _Workspace(NamedTuple):
     scratch: Tensor  # (3 B,) real: sums of each program
-    chunks: Tensor  # (3 ceil(B / _COUNT_WARP),) real, or less: sums of each program of `_count_kernel`
+    chunks: (
+        Tensor  # (3 ceil(B / _COUNT_WARP),) real, or less: sums of each program of `_count_kernel`
+    )
     counter: Tensor  # (1,) int32: programs that have finished; 0 between launches
 
 
@@ -1003,9 +1115,12 @@ def _bits(x: float | Tensor) -> int | Tensor:
     return struct.unpack("q", struct.pack("d", x or -0.0))[0]
 
 
+def _options(form: Plan) -> dict[str, Any]:
+    return {"num_warps": form.num_warps, "maxnreg": form.registers}
+
+
 def _run(launch: Launch) -> None:
-    launch.kernel[(launch.grid,)](
-        *launch.args, **launch.constants, num_warps=launch.num_warps)
+    launch.kernel[(launch.grid,)](*launch.args, **launch.constants, **launch.options)
 
 
 def _on(device: torch.device) -> Any:

@@ -1,6 +1,6 @@
 """Runs Triton's interpreter as a strict GPU: for tests, in a process with TRITON_INTERPRET=1.
 
-`faithful()` corrects the arithmetic that differs from a GPU. `Checker` watches every access as well:
+`faithful()` corrects the arithmetic that differs from a GPU. `Checker` watches every access too:
 bounds, two programs writing one element, the order of programs, and the bytes read and written.
 """
 
@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
 import triton.language as tl
+from torch import Tensor
 from triton.runtime import interpreter
 
 _Builder = interpreter.InterpreterBuilder
@@ -91,7 +90,9 @@ class Checker(contextlib.ExitStack):
         setattr(_Builder, name, lambda builder, *args, **kw: wrap(original, builder, *args, **kw))
         self.callback(setattr, _Builder, name, original)
 
-    def _load(self, original: Any, builder: Any, ptrs: Any, mask: Any, *rest: Any, **kw: Any) -> Any:
+    def _load(
+        self, original: Any, builder: Any, ptrs: Any, mask: Any, *rest: Any, **kw: Any
+    ) -> Any:
         name, at, size = self._locate("load", ptrs, mask)
         if name is not None:
             self.loads[name] += at.size * size

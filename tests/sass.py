@@ -26,30 +26,41 @@ class Facts(NamedTuple):
     stack: int  # bytes of local memory
     shared: int  # bytes
     ops: collections.Counter[str]  # opcode with its modifiers -> how many in the listing
+    ptx: str
 
     def count(self, pattern: str) -> int:
         """How many instructions have an opcode that the pattern matches from its start."""
         return sum(n for op, n in self.ops.items() if re.match(pattern, op))
 
 
+def _bound(launch: Any, capability: int) -> Any:
+    kernel = launch.kernel
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    return backend, *binder(*launch.args, **launch.constants, **launch.options)
+
+
+def specialization(launch: Any) -> str:
+    """What of the arguments is compiled in: two launches with equal ones share their code."""
+    _, _, specialized, options = _bound(launch, 90)
+    return repr((launch.kernel, specialized, options))
+
+
 def compiled(launch: Any, capability: int) -> Any:
     """The kernel of a `triton_kernels.Launch`, as a GPU of this capability would compile it."""
-    kernel = launch.kernel
-    target = GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    given = {**launch.constants, "num_warps": launch.num_warps}
-    bound, specialization, options = binder(*launch.args, **given)
-    options, signature, constants, attrs = kernel._pack_args(
-        backend, options, bound, specialization, options
+    backend, bound, specialized, options = _bound(launch, capability)
+    options, signature, constants, attrs = launch.kernel._pack_args(
+        backend, options, bound, specialized, options
     )
-    source = ASTSource(kernel, signature, constants, attrs)
+    source = ASTSource(launch.kernel, signature, constants, attrs)
+    target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options=options.__dict__)
 
 
 def facts(launch: Any, capability: int) -> Facts:
+    code = compiled(launch, capability).asm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled(launch, capability).asm["cubin"])
+        file.write(code["cubin"])
         file.flush()
         usage = _cuobjdump("-res-usage", file.name)
         listing = _cuobjdump("-sass", file.name)
@@ -57,9 +68,8 @@ def facts(launch: Any, capability: int) -> Facts:
     # address, predicate, opcode
     line = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
     ops = collections.Counter(line.findall(listing))
-    return Facts(
-        int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"]), int(found["SHARED"]), ops
-    )
+    stack = int(found["STACK"]) + int(found["LOCAL"])
+    return Facts(int(found["REG"]), stack, int(found["SHARED"]), ops, code["ptx"])
 
 
 def _cuobjdump(option: str, path: str) -> str:

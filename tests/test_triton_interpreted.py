@@ -27,7 +27,7 @@ from interpreter import Checker
 from triton.runtime.errors import InterpreterError
 
 INF, NAN = float("inf"), float("nan")
-# Columns of most tests: one tile, or three blocks of the loop of the fixture `form`.
+# Columns of most tests: one tile, or two blocks of the loop of the fixture `form`.
 C = 37
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 
@@ -46,9 +46,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["tile", "loop"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each kernel; the one of long rows with blocks of 16 columns, since the interpreter is slow."""
+    """Each kernel; that of long rows with blocks of 32 columns, since the interpreter is slow."""
     if request.param == "loop":
-        small = triton_kernels.Plan(True, 1, 16, 4, 4)
+        small = triton_kernels.Plan(True, 1, 32, 4, 4, None)
         monkeypatch.setattr(triton_kernels, "plan", lambda *_: small)
     return request.param
 
@@ -80,7 +80,9 @@ def make(
     return args._replace(**to)
 
 
-def tensors(args: LossArgs, out: LossOutputs | None = None, **more: Tensor | None) -> dict[str, Any]:
+def tensors(
+    args: LossArgs, out: LossOutputs | None = None, **more: Tensor | None
+) -> dict[str, Any]:
     """All tensors that a launch may touch, by name; an in-place gradient counts as logits."""
     named = {**args._asdict(), **(args.pair._asdict() if args.pair else {}), **more}
     if args.pair:
@@ -210,8 +212,14 @@ def test_upstream_gradient(form: str, dlosses: tuple[float, ...]) -> None:
     check(make(3, C, 1), dlosses)
 
 
-@pytest.mark.parametrize("dtypes", list(itertools.product(
-    [torch.float32, torch.bfloat16, torch.float16], repeat=2)) + [(torch.float64,) * 2], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        *itertools.product([torch.float32, torch.bfloat16, torch.float16], repeat=2),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
 def test_mixed_types(form: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     scale = 65536.0 if dtypes[0] == torch.float16 else 1.0
     check(make(4, C, 2, *dtypes, grad_scale=scale, temperature=2.3, alpha=0.7), (65536.0,))
@@ -351,7 +359,7 @@ def test_inplace_and_rescale(form: str) -> None:
     wide[:, :C] = args.logits
     args = args._replace(logits=wide[:, :C])
     want = reference.forward(in_fp64(args))
-    out, checker = forward(args)
+    out, _ = forward(args)
     assert out.dlogits is args.logits and not wide[:, C:].any()
     close(out.dlogits, want.dlogits, 1e-6)
     assert torch.equal(out.next_logits.double(), want.next_logits)
@@ -385,14 +393,14 @@ def test_counts_in_a_launch_before(form: str, monkeypatch: pytest.MonkeyPatch) -
             assert len(both) == 2 and (both[0].grid > 1)
             two = check(args._replace(last_labels=guard))
         triton_kernels._workspaces.clear()
-        assert torch.equal(one.parts[2:], two.parts[2:])
+        near(two.parts, one.parts.double(), 1e-6)
         close(two.dlogits, one.dlogits.double(), 1e-7)
 
 
 def test_pair(form: str) -> None:
     """Five steps over two buffers whose roles are decided on the device equal five steps with
     copies; the first finds no teacher, the fourth another chain."""
-    rows = 3
+    rows = 2
     pair = CachePair(
         torch.full((2, rows, C), NAN),
         torch.zeros(2, rows, dtype=torch.int64),
@@ -407,8 +415,12 @@ def test_pair(form: str) -> None:
         if step != 3:
             args.labels[:rows] = labels
         labels = args.labels[rows:].clone()
-        plain = args._replace(last_logits=last.next_logits.clone(), last_valid=last.next_valid,
-                              last_labels=last.next_labels, stats=want_stats)
+        plain = args._replace(
+            last_logits=last.next_logits.clone(),
+            last_valid=last.next_valid,
+            last_labels=last.next_labels,
+            stats=want_stats,
+        )
         want, _ = forward(plain)
         args = args._replace(last_logits=None, pair=pair, stats=stats)
         got, _ = forward(args, order=step)
@@ -509,13 +521,17 @@ def test_planted_second_read_is_caught(tmp_path: Path) -> None:
 
 
 def test_planted_access_out_of_bounds_is_caught(tmp_path: Path) -> None:
-    module = patched(tmp_path, "inside = (rows < B)[:, None] & seen", "inside = (rows < B + 1)[:, None] & seen")
+    module = patched(
+        tmp_path, "inside = (rows < B)[:, None] & seen", "inside = (rows < B + 1)[:, None] & seen"
+    )
     with pytest.raises(InterpreterError, match="out of bounds"):
         forward(make(5, 100, 2), module=module)
 
 
 def test_planted_write_conflict_is_caught(tmp_path: Path) -> None:
-    module = patched(tmp_path, "rows = tl.program_id(0) * ROWS", "rows = tl.program_id(0) // 2 * ROWS")
+    module = patched(
+        tmp_path, "rows = tl.program_id(0) * ROWS", "rows = tl.program_id(0) // 2 * ROWS"
+    )
     with pytest.raises(InterpreterError, match="both write"):
         forward(make(8, 100, 2), module=module)
 

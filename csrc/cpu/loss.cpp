@@ -1,6 +1,9 @@
 // The entry point: checks labels, counts rows, chooses the instruction set, runs the rows on
 // torch's own thread pool and adds up the parts in row order.
 #include <dlfcn.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
 #include <cmath>
@@ -18,8 +21,9 @@
 namespace {
 
 constexpr int64_t kStreamBytes = 16 << 20;  // a gradient of this size stays in no cache
-constexpr int64_t kChunkElements = 4096;    // of a row range that one thread takes at a time
-constexpr int64_t kThreadElements = 2048;   // below this one thread is faster
+constexpr int64_t kLargePageBytes = 4 << 20;
+constexpr int64_t kChunkElements = 4096;   // of a row range that one thread takes at a time
+constexpr int64_t kThreadElements = 2048;  // below this one thread is faster
 
 // ---- instruction set ----
 
@@ -97,6 +101,18 @@ double weight_sum(const DlbArgs& a) {
   double sum = 0;
   for (int64_t c = 0; c < a.C; ++c) sum += dlb_real(a, a.weight, c);
   return sum;
+}
+
+// Asks for large pages under a large output: where torch just allocated it, the page faults of
+// small ones would take longer than the kernel.
+void advise_large_pages(void* p, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096;
+  if (!p || bytes < kLargePageBytes) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes)) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 // ---- the rows, on several threads ----
@@ -203,7 +219,10 @@ int64_t dlb_cpu_loss(const DlbArgs* args) {
   DlbJob job = {&a, weight_sum(a), inverse_count(ce_count), inverse_count(kl_count)};
   job.grad_scale = a.grad_scale ? dlb_real(a, a.grad_scale, 0) : 1;
   job.teach = job.kl_inverse > 0;
-  job.stream = a.B * a.C * (a.dtype == DLB_FLOAT64 ? 8 : a.dtype == DLB_FLOAT32 ? 4 : 2) >= kStreamBytes;
+  const int64_t row_bytes = a.C * (a.dtype == DLB_FLOAT64 ? 8 : a.dtype == DLB_FLOAT32 ? 4 : 2);
+  job.stream = a.B * row_bytes >= kStreamBytes;
+  if (a.dlogits != a.logits) advise_large_pages(a.dlogits, a.B * row_bytes);
+  advise_large_pages(a.next_logits, a.fresh * row_bytes);
   if (a.loss) {
     job.row_ce = rows;
     job.row_kl = rows + a.B;

@@ -32,11 +32,11 @@ static_assert(sizeof(Run) == 24, "dlb_scratch_bytes counts on it");
 
 template <class R>
 struct Scratch {
-  R* z;         // (kDlbBlock,) logits of the block
-  R* u;         // (kDlbBlock,) teacher's logits of the block
-  R* first;     // exp(x) of a fresh row, exp(x / temperature) of a taught one
-  R* teacher;   // exp(u / temperature)
-  R* hard;      // exp(x) of a taught row, where it is no power of `first`
+  R* z;        // (kDlbBlock,) logits of the block
+  R* u;        // (kDlbBlock,) teacher's logits of the block
+  R* first;    // exp(x) of a fresh row, exp(x / temperature) of a taught one
+  R* teacher;  // exp(u / temperature)
+  R* hard;     // exp(x) of a taught row, where it is no power of `first`
   Run* runs;
 
   Scratch(char* p, int64_t row) {
@@ -61,25 +61,35 @@ inline R reference(R top) {
   return top == -std::numeric_limits<R>::infinity() ? 0 : top;
 }
 
+// std::exp, but for the commonest argument.
+inline double exp_or_one(double x) { return x == 0 ? 1 : std::exp(x); }
+
 // ---- passes over a block ----
 
+// Converts n elements to `to`, fills the last vector with -inf, and returns the largest.
 template <class T>
 RealOf<T> load_block(const void* from, int64_t n, RealOf<T>* to) {
   using R = RealOf<T>;
+  constexpr int64_t lanes = kLanes<R>, kUnroll = 4;  // one maximum would wait for the last one
   const T* p = static_cast<const T*>(from);
-  Vector<R> top = splat<Vector<R>>(-std::numeric_limits<R>::infinity());
+  Vector<R> top[kUnroll];
+  for (auto& t : top) t = splat<Vector<R>>(-std::numeric_limits<R>::infinity());
   int64_t c = 0;
-  for (; c + kLanes<R> <= n; c += kLanes<R>) {
-    const Vector<R> v = load(p + c);
-    store(to + c, v);
-    top = max_else_second(v, top);
+  for (; c + kUnroll * lanes <= n; c += kUnroll * lanes) {
+    for (int64_t i = 0; i < kUnroll; ++i) {
+      const Vector<R> v = load(p + c + i * lanes);
+      store(to + c + i * lanes, v);
+      top[i] = max_else_second(v, top[i]);
+    }
   }
-  if (c < n) {
-    const Vector<R> v = load_some(p + c, n - c, -std::numeric_limits<R>::infinity());
+  for (; c < n; c += lanes) {
+    const Vector<R> v =
+        c + lanes <= n ? load(p + c) : load_some(p + c, n - c, -std::numeric_limits<R>::infinity());
     store(to + c, v);
-    top = max_else_second(v, top);
+    top[0] = max_else_second(v, top[0]);
   }
-  return max_lanes(top);
+  top[0] = max_else_second(max_else_second(top[0], top[1]), max_else_second(top[2], top[3]));
+  return max_lanes(top[0]);
 }
 
 template <class R>
@@ -104,12 +114,13 @@ template <class R>
 double sum_fresh(const R* z, int64_t n, double z_top, const Exponents<R>& k, R* first) {
   using V = Vector<R>;
   const V top = splat<V>(R(z_top));
+  const Exponent<V, R> hard = k.hard;  // not read again after each store
   V total = {};
   for (int64_t begin = 0; begin < n; begin += kChain * kLanes<R>) {
     const int64_t end = n - begin < kChain * kLanes<R> ? n : begin + kChain * kLanes<R>;
     V sum = {};
     for (int64_t c = begin; c < end; c += kLanes<R>) {
-      const V e = exp_of(load(z + c) - top, k.hard);
+      const V e = exp_of(load(z + c) - top, hard);
       store(first + c, e);
       sum += e;
     }
@@ -133,9 +144,10 @@ struct TaughtSums {
 };
 
 // kMode 1 to 4: the temperature is that integer, so exp(x) is a power. 0: it is another number.
+// Structs come by value, so that the stores cannot be thought to change them.
 template <class R, int kMode>
-inline TaughtSums<R> sum_chain(const Scratch<R>& s, int64_t at, int64_t begin, int64_t end,
-                               Vector<R> z_ref, Vector<R> u_ref, const Exponents<R>& k) {
+inline TaughtSums<R> sum_chain(const Scratch<R> s, int64_t at, int64_t begin, int64_t end,
+                               Vector<R> z_ref, Vector<R> u_ref, const Exponents<R> k) {
   using V = Vector<R>;
   const V none = splat<V>(-std::numeric_limits<R>::infinity());
   TaughtSums<R> sum = {};
@@ -276,7 +288,9 @@ class RowKernel {
       : job_(job),
         a_(*job.args),
         s_(scratch, a_.dlogits ? a_.C : kDlbBlock),
-        load_teacher_(loader<R>(a_.last_dtype)) {}
+        load_teacher_(loader<R>(a_.last_dtype)) {
+    set_target(1);
+  }
 
   void run(int64_t i) {
     const bool valid = dlb_row_valid(a_, i);
@@ -344,9 +358,8 @@ class RowKernel {
 
   void compute() {
     label_ = a_.labels[row_];
-    temperature_ = setting(a_.temperatures, a_.temperature_step, a_.temperature);
-    const double label_weight = a_.weight ? dlb_real(a_, a_.weight, label_) : 1;
-    target_ = row_target(a_.label_smoothing, double(a_.C), label_weight, job_.weight_sum);
+    if (u_) set_temperature(setting(a_.temperatures, a_.temperature_step, a_.temperature));
+    if (a_.weight) set_target(dlb_real(a_, a_.weight, label_));
     choose_mode();
     sum_row();
     finish_cache(std::isfinite(z_top_) && sums_.other + sums_.e_y < INFINITY);
@@ -361,6 +374,16 @@ class RowKernel {
 
   bool weighted_smoothing() const { return a_.weight && a_.label_smoothing > 0; }
 
+  void set_temperature(double temperature) {
+    if (temperature == temperature_) return;
+    temperature_ = temperature;
+    exponents_ = Exponents<R>(temperature);
+  }
+
+  void set_target(double label_weight) {
+    target_ = row_target(a_.label_smoothing, double(a_.C), label_weight, job_.weight_sum);
+  }
+
   void choose_mode() {
     mode_ = u_ ? 0 : kFresh;
     if (!u_ || weighted_smoothing()) return;
@@ -370,7 +393,6 @@ class RowKernel {
 
   void sum_row() {
     constexpr double infinity = std::numeric_limits<double>::infinity();
-    const Exponents<R> k(temperature_);
     sums_ = {};
     z_top_ = u_top_ = -infinity;
     z_y_ = u_y_ = weight_so_far_ = 0;
@@ -378,7 +400,8 @@ class RowKernel {
     for (int64_t at = 0; at < a_.C; at += kDlbBlock) {
       const int64_t n = block_length(at);
       const double z_top = load_block<T>(z_ + at, n, s_.z);
-      const double u_top = u_ ? load_teacher_(u_ + at * size_of(a_.last_dtype), n, s_.u) : -infinity;
+      const double u_top =
+          u_ ? load_teacher_(u_ + at * size_of(a_.last_dtype), n, s_.u) : -infinity;
       cache_block(at, n);
       raise_tops(at, z_top, u_top);
       if (target_.smooth > 0) add_smoothing(at, n);
@@ -386,9 +409,9 @@ class RowKernel {
       const int64_t to = a_.dlogits ? at : 0;
       const double z_ref = reference(z_top_), u_ref = reference(u_top_);
       if (u_) {
-        kSumTaught<R>[mode_](s_, to, n, z_ref, u_ref, k, sums_);
+        kSumTaught<R>[mode_](s_, to, n, z_ref, u_ref, exponents_, sums_);
       } else {
-        sums_.other += sum_fresh(s_.z, n, z_ref, k, s_.first + to);
+        sums_.other += sum_fresh(s_.z, n, z_ref, exponents_, s_.first + to);
       }
     }
     put_label_in();
@@ -440,11 +463,11 @@ class RowKernel {
   void put_label_in() {
     constexpr double infinity = std::numeric_limits<double>::infinity();
     sums_.x_y = z_y_ - z_top_;
-    sums_.e_y = std::exp(sums_.x_y);
+    sums_.e_y = exp_or_one(sums_.x_y);
     if (!u_) return;
     const double u_y = u_y_ - u_top_;
-    sums_.student_y = std::exp(sums_.x_y / temperature_);
-    sums_.teacher_y = std::exp(u_y / temperature_);
+    sums_.student_y = exp_or_one(sums_.x_y / temperature_);
+    sums_.teacher_y = exp_or_one(u_y / temperature_);
     sums_.student += sums_.student_y;
     sums_.teacher += sums_.teacher_y;
     if (u_y != -infinity)
@@ -460,22 +483,23 @@ class RowKernel {
     const double hard = ce * (target_.target + target_.rest) / (sums_.other + sums_.e_y);
     T* to = gradient_row();
     const int64_t end = a_.C;
+    const double soft = u_ ? kl / sums_.student : 0, teacher = u_ ? kl / sums_.teacher : 0;
     for (int64_t r = 0; r < runs_; ++r) {
       const Run& run = s_.runs[r];
       const int64_t run_end = r + 1 < runs_ ? s_.runs[r + 1].begin : end;
       const double z_shift = run.z_top - z_top_, u_shift = run.u_top - u_top_;
-      Coefficients<R> k = {R(hard * std::exp(z_shift)), 0, 0, R(ce * target_.smooth)};
+      Coefficients<R> k = {R(hard * exp_or_one(z_shift)), 0, 0, R(ce * target_.smooth)};
       if (u_) {
-        k.soft = R(kl / sums_.student * std::exp(z_shift / temperature_));
-        k.teacher = R(kl / sums_.teacher * std::exp(u_shift / temperature_));
+        k.soft = R(soft * exp_or_one(z_shift / temperature_));
+        k.teacher = R(teacher * exp_or_one(u_shift / temperature_));
       }
       if (weighted_smoothing()) weigh(run.begin, run_end, k);
       const int mode = mode_ - kFresh;
       (job_.stream ? kWriteGradient<T, true> : kWriteGradient<T, false>)[mode](s_, run.begin,
-                                                                              run_end, k, to);
+                                                                               run_end, k, to);
     }
     double label = ce * row_label_gradient(sums_, target_);
-    if (u_) label += kl * (sums_.student_y / sums_.student - sums_.teacher_y / sums_.teacher);
+    if (u_) label += soft * sums_.student_y - teacher * sums_.teacher_y;
     store_one(to + label_, R(label));
   }
 
@@ -497,7 +521,9 @@ class RowKernel {
   int64_t cached_ = -1;  // row of the next cache that is still to be written
   const T* z_ = nullptr;
   const char* u_ = nullptr;  // null: not taught
-  double temperature_ = 1, z_top_ = 0, u_top_ = 0, z_y_ = 0, u_y_ = 0;
+  double temperature_ = 1;
+  Exponents<R> exponents_{1};
+  double z_top_ = 0, u_top_ = 0, z_y_ = 0, u_y_ = 0;
   double weight_so_far_ = 0;
   int mode_ = 0;
   int64_t runs_ = 0;

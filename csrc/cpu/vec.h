@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#include <limits>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -111,9 +111,7 @@ inline double max_lanes(VD v) { return fold_lanes<Max, double, kVectorBytes>(v);
 
 // ---- storage to real ----
 
-inline VF from_bits(VU16 h, BFloat16) {
-  return bit_cast<VF>(__builtin_convertvector(h, VU) << 16);
-}
+inline VF from_bits(VU16 h, BFloat16) { return bit_cast<VF>(__builtin_convertvector(h, VU) << 16); }
 
 inline VF from_bits(VU16 h, Float16) {
 #if defined(__AVX512F__)
@@ -157,9 +155,7 @@ inline VU16 to_bits(VF f, Float16) {
   // 0.5 has the weight of the last bit of a subnormal half in its own last bit.
   const VU tiny = bit_cast<VU>(bit_cast<VF>(magnitude) + 0.5f) - 0x3f000000;
   const VU nan_or_inf = magnitude > 0x7f800000 ? 0x7e00 + VU{} : 0x7c00 + VU{};
-  const VU h = magnitude < 0x38800000   ? tiny
-               : magnitude < 0x477ff000 ? normal
-                                        : nan_or_inf;
+  const VU h = magnitude < 0x38800000 ? tiny : magnitude < 0x477ff000 ? normal : nan_or_inf;
   return __builtin_convertvector(h | sign >> 16, VU16);
 #endif
 }

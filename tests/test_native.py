@@ -1,0 +1,259 @@
+"""The CPU kernel: instruction sets, threads, short rows, strides, far offsets, refusals.
+
+What every backend has in common is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlb_fused import native, reference
+from dlb_fused.backends import LossArgs
+
+MISSING = native.why_not(torch.zeros(1, 1))
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+LEVELS = (0, 1, 2)  # baseline, x86-64-v3, x86-64-v4
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Relative L2 error of the gradient against fp64. The half types round each element once.
+TOLERANCE = {
+    torch.float32: 5e-7,
+    torch.float64: 1e-13,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[int]:
+    if native._kernel.force_level(request.param) != request.param:
+        native._kernel.force_level(-1)
+        pytest.skip("this processor lacks the instruction set")
+    yield request.param
+    native._kernel.force_level(-1)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def make(B: int, C: int, dtype: torch.dtype = torch.float32, **options: object) -> LossArgs:
+    """The first half has a teacher, label 0 of the last row is ignored."""
+    rng = torch.Generator().manual_seed(1000 * B + C)
+    m = B // 2
+    logits = 3 * torch.randn(B, C, generator=rng, dtype=torch.float64)
+    teacher = 3 * torch.randn(m, C, generator=rng, dtype=torch.float64)
+    labels = torch.randint(C, (B,), generator=rng)
+    labels[-1] = -100
+    teacher_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    args = LossArgs(
+        logits.to(dtype), labels, teacher.to(teacher_dtype), m, need_grad=True, fresh=B - m
+    )
+    return args._replace(**options)
+
+
+def truth(args: LossArgs) -> tuple[float, Tensor]:
+    """Loss and gradient by the naive loss in fp64; the last row is left out, being ignored."""
+    logits = args.logits.detach().double().requires_grad_()
+    loss = reference.dlb_loss_naive(
+        logits,
+        args.labels,
+        None if args.last_logits is None else args.last_logits.double(),
+        temperature=args.temperature,
+        alpha=args.alpha,
+    )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return loss.item(), gradient * args.grad_scale
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("temperature", (1.0, 2.0, 3.0, 4.0, 2.5))
+def test_each_level_is_accurate(level: int, dtype: torch.dtype, temperature: float) -> None:
+    scale = 65536.0 if dtype == torch.float16 else 1.0
+    for B, C in ((6, 10), (5, 257), (4, 2048), (4, 5003)):
+        args = make(B, C, dtype, temperature=temperature, grad_scale=scale)
+        loss, gradient = truth(args)
+        out = native.forward(args)
+        assert out.loss.item() == pytest.approx(loss, rel=1e-12 if dtype is torch.float64 else 1e-6)
+        assert error(out.dlogits, gradient) < TOLERANCE[dtype]
+
+
+def test_short_rows(level: int) -> None:
+    """Each remainder of a row modulo the vector length, and each place of the label in it."""
+    for C in range(2, 71):
+        for dtype in DTYPES:
+            args = make(2 * C + 2, C, dtype)
+            labels = torch.arange(2 * C + 2) % C
+            args = args._replace(labels=labels, grad_scale=1.0 if C > 8 else 4.0)
+            loss, gradient = truth(args)
+            out = native.forward(args)
+            assert out.loss.item() == pytest.approx(loss, rel=1e-6), C
+            assert error(out.dlogits, gradient) < TOLERANCE[dtype], C
+
+
+def test_one_class(level: int) -> None:
+    out = native.forward(make(4, 1))
+    assert out.loss.item() == 0
+    assert torch.equal(out.dlogits, torch.zeros(4, 1))
+
+
+@pytest.mark.parametrize("margin", (10.0, 20.0))
+@pytest.mark.parametrize("offset", (0.0, 1e4))
+def test_confident_rows_keep_their_digits(level: int, margin: float, offset: float) -> None:
+    args = make(8, 100, last_logits=None, overlap=0)
+    labels = args.labels.clamp(min=0)
+    logits = (args.logits / 8).round(decimals=1) + offset
+    logits[torch.arange(8), labels] += margin
+    args = args._replace(logits=logits, labels=labels)
+    loss, gradient = truth(args)
+    out = native.forward(args)
+    assert out.loss.item() == pytest.approx(loss, rel=2e-6)
+    assert error(out.dlogits, gradient) < TOLERANCE[torch.float32]
+
+
+def test_rising_maximum_over_many_blocks(level: int) -> None:
+    """Each block has a larger maximum than the one before, so each has its own reference."""
+    args = make(4, 40_000)
+    ramp = torch.linspace(0, 30, 40_000)
+    logits, teacher = args.logits + ramp, args.last_logits + ramp.flip(0)
+    args = args._replace(logits=logits, last_logits=teacher)
+    loss, gradient = truth(args)
+    out = native.forward(args)
+    assert out.loss.item() == pytest.approx(loss, rel=1e-6)
+    assert error(out.dlogits, gradient) < TOLERANCE[torch.float32]
+
+
+def test_long_rows_of_equal_logits(level: int) -> None:
+    """The sum of 262144 equal terms shows how errors of addition grow."""
+    args = make(3, 262_144)
+    args = args._replace(logits=torch.full_like(args.logits, 0.3))
+    loss, gradient = truth(args)
+    out = native.forward(args)
+    assert out.loss.item() == pytest.approx(loss, rel=1e-6)
+    assert error(out.dlogits, gradient) < 1e-6
+
+
+@pytest.mark.parametrize("shape", ((64, 1000), (300, 17), (6, 30_000)))
+def test_same_bits_for_any_number_of_threads(threads: None, shape: tuple[int, int]) -> None:
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append(native.forward(make(*shape)))
+    for out in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(out, results[0], strict=True))
+
+
+@pytest.mark.parametrize("bad", (10, -1, -(2**40)))
+def test_label_out_of_range_raises_before_anything_is_written(bad: int) -> None:
+    stats = torch.zeros(3, dtype=torch.int64)
+    logits = make(8, 10).logits
+    args = make(8, 10, logits=logits.clone(), stats=stats, inplace=True)
+    args.labels[3] = bad
+    message = rf"labels\[3\] is {bad}, but logits have 10 classes \(valid: 0 to 9, or ignore_index"
+    with pytest.raises(IndexError, match=message):
+        native.forward(args)
+    assert torch.equal(args.logits, logits)
+    assert not stats.any()
+
+
+def test_row_strides() -> None:
+    args = make(6, 33)
+    want = native.forward(args)
+    wide = torch.full((6, 50), torch.nan)
+    wide[:, :33] = args.logits
+    teacher = torch.full((3, 40), torch.nan)
+    teacher[:, 7:] = args.last_logits
+    got = native.forward(args._replace(logits=wide[:, :33], last_logits=teacher[:, 7:]))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_rows_beyond_2_to_the_32_elements() -> None:
+    """Only the touched pages of the storage exist."""
+    stride = 2**31 + 8
+    far = torch.empty(3 * stride, dtype=torch.float32).as_strided((4, 20), (stride, 1))[:3]
+    args = make(3, 20)
+    far.copy_(args.logits)
+    want = native.forward(args)
+    got = native.forward(args._replace(logits=far))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("C", (10, 3000))
+def test_inplace_writes_the_gradient_over_strided_logits(dtype: torch.dtype, C: int) -> None:
+    args = make(6, C, dtype)
+    want = native.forward(args)
+    wide = torch.zeros(6, C + 5, dtype=dtype)
+    wide[:, :C] = args.logits
+    got = native.forward(args._replace(logits=wide[:, :C], inplace=True))
+    assert got.dlogits.data_ptr() == wide.data_ptr()
+    assert torch.equal(wide[:, :C], want.dlogits)
+    assert torch.equal(got.next_logits, args.logits[3:])
+    assert not wide[:, C:].any()
+
+
+def test_large_outputs_take_the_streaming_path(level: int) -> None:
+    """16 MiB and more are written past the caches; the start of a row is then not aligned."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        args = make(6, 1_500_007, dtype)
+        rows = [
+            native.forward(
+                args._replace(
+                    logits=args.logits[i:j],
+                    labels=args.labels[i:j],
+                    last_logits=teacher,
+                    overlap=j - i if teacher is not None else 0,
+                    fresh=0,
+                    ce_count=torch.tensor(5.0),
+                    kl_count=torch.tensor(3.0),
+                )
+            ).dlogits
+            for i, j, teacher in (
+                (0, 2, args.last_logits[:2]),
+                (2, 3, args.last_logits[2:]),
+                (3, 5, None),
+                (5, 6, None),
+            )
+        ]
+        out = native.forward(args)
+        assert torch.equal(out.dlogits, torch.cat(rows))
+        assert torch.equal(out.next_logits, args.logits[3:])
+
+
+def test_backward_reuses_or_recomputes() -> None:
+    args = make(8, 50, grad_scale=3.0)
+    out = native.forward(args)
+    stored = out.dlogits.clone()
+    assert native.backward(args, out.parts, torch.tensor(3.0), out.dlogits) is out.dlogits
+    assert torch.equal(out.dlogits, stored)
+    again = native.backward(args, out.parts, torch.tensor(3.0), None)
+    assert torch.equal(again, stored)
+    scaled = native.backward(args, out.parts, torch.tensor(-6.0), out.dlogits)
+    assert scaled is out.dlogits
+    assert torch.equal(scaled, -2 * stored)
+
+
+def test_rescale_rounds_once() -> None:
+    dlogits = torch.tensor([1.0, -3.0], dtype=torch.float16)
+    native.rescale_(dlogits, torch.tensor(1.001), 1.0)
+    assert torch.equal(dlogits, (torch.tensor([1.0, -3.0]) * 1.001).half())
+
+
+def test_why_not_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "meta" in native.why_not(torch.zeros(1, 1, device="meta"))
+    assert "int64" in native.why_not(torch.zeros(1, 1, dtype=torch.int64))
+    monkeypatch.setattr(native, "_kernel", None)
+    monkeypatch.setattr(native, "_missing", "No module named 'dlb_fused._cpu'")
+    reason = native.why_not(torch.zeros(1, 1))
+    assert "No module named" in reason and "C++ compiler" in reason
