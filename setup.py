@@ -96,9 +96,8 @@ def cxx_command(compiler: Any) -> str | None:
     if sys.platform == "win32":
         return None
     asked = os.environ.get("CXX")
-    own = " ".join(compiler.compiler_cxx)
-    names = [asked] if asked else [own, "c++", "g++", "clang++"]
-    return next((name for name in names if name and shutil.which(name.split()[0])), None)
+    names = [asked] if asked else [*compiler.compiler_cxx[:1], "c++", "g++", "clang++"]
+    return next((name for name in names if shutil.which(name.split()[0])), None)
 
 
 def link_command(cxx: str) -> str:

@@ -252,7 +252,8 @@ class DLBLoss(nn.Module):
             ids: (B,) int64, which sample each row is. With them (in this call and the last) rows
                 are matched inside [:m]: permuted or missing rows are fine, and only rows without a
                 partner lose their KL.
-            overlap: m, if it is not the number of cached rows.
+            overlap: m, if it is not the number of cached rows. Without it, a batch that is no
+                larger than the cache is taken whole into the next cache.
             commit: False keeps the fresh rows pending until `commit()`.
 
         Raises:
@@ -307,13 +308,15 @@ class DLBLoss(nn.Module):
                 "batch are cached and must come first; use OverlapBatchSampler, pass overlap=, or "
                 "call reset() when a new chain begins"
             )
+        # A batch without fresh rows of its own begins a chain, or repeats the last one whole.
+        fresh = B if overlap is None and m == B else B - m
         if cache is None or m == 0:
-            return Lesson(None, 0, None, None, None, B - m)
+            return Lesson(None, 0, None, None, None, fresh)
         if ids is not None and cache.ids is not None:
             rows = match_rows(ids[:m], cache.ids)
-            return Lesson(cache.logits, m, rows, None, cache.valid, B - m)
+            return Lesson(cache.logits, m, rows, None, cache.valid, fresh)
         taught = min(m, cache.labels.shape[0])
-        return Lesson(cache.logits[:taught], taught, None, cache.labels, cache.valid, B - m)
+        return Lesson(cache.logits[:taught], taught, None, cache.labels, cache.valid, fresh)
 
     def _teacher(self, logits: Tensor) -> Cache | None:
         """The cache of `lag` calls ago, if it can teach these logits; else it is dropped with a

@@ -43,19 +43,21 @@ def why_not(logits: Tensor) -> str | None:
 def forward(args: LossArgs) -> LossOutputs:
     logits, fresh = args.logits, args.fresh
     real = torch.float64 if logits.dtype is torch.float64 else torch.float32
-    loss = torch.empty((), dtype=real)
-    parts = torch.empty(4, dtype=real)
+    loss = logits.new_empty((), dtype=real)
+    parts = logits.new_empty(4, dtype=real)
     dlogits = next_logits = next_labels = next_valid = None
     if args.need_grad:
-        dlogits = logits.detach() if args.inplace else _empty_rows(logits, len(logits))
+        dlogits = logits.detach() if args.inplace else logits.new_empty(logits.shape)
     if fresh:
-        next_labels = torch.empty(fresh, dtype=torch.int64)
-        next_valid = torch.empty(fresh, dtype=torch.uint8)
+        next_labels = logits.new_empty(fresh, dtype=torch.int64)
+        next_valid = logits.new_empty(fresh, dtype=torch.uint8)
         if args.copy_logits:
-            next_logits = _empty_rows(logits, fresh)
-    scale = args.grad_scale
-    if not isinstance(scale, Tensor):
-        scale = None if scale == 1 else torch.tensor(scale, dtype=real)
+            next_logits = logits.new_empty((fresh, logits.shape[1]))
+    scale: Tensor | None = None  # is 1
+    if isinstance(args.grad_scale, Tensor):
+        scale = args.grad_scale
+    elif args.grad_scale != 1:
+        scale = torch.tensor(args.grad_scale, dtype=real, device=logits.device)
     new = (loss, parts, dlogits, next_logits, next_labels, next_valid)
     _call(args, args.ce_count, args.kl_count, scale, (*new, args.stats), fresh)
     return LossOutputs(*new)
@@ -63,7 +65,7 @@ def forward(args: LossArgs) -> LossOutputs:
 
 def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | None) -> Tensor:
     if dlogits is None:
-        dlogits = _empty_rows(args.logits, len(args.logits))
+        dlogits = args.logits.new_empty(args.logits.shape)
     elif _same(dloss, args.grad_scale):
         return dlogits
     _call(args, parts[2], parts[3], dloss, (None, None, dlogits, None, None, None, None), 0)
@@ -78,10 +80,6 @@ def rescale_(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> None
 def _same(dloss: Tensor, grad_scale: float | Tensor) -> bool:
     """Compared as the kernel sees them, in the type of dloss."""
     return dloss.item() == grad_scale or bool(dloss == grad_scale)
-
-
-def _empty_rows(logits: Tensor, rows: int) -> Tensor:
-    return torch.empty((rows, logits.shape[1]), dtype=logits.dtype)
 
 
 def _call(

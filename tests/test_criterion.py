@@ -308,6 +308,20 @@ def test_lag_takes_the_teacher_of_several_calls_ago() -> None:
     assert criterion.stats() == (8, 0, 0)
 
 
+def test_a_chain_that_begins_anew_without_reset_recovers() -> None:
+    """carry_over=False, and criterion.reset() forgotten: one batch is lost, not the run."""
+    criterion = DLBLoss()
+    for z, y, _ in chain(4, 3):
+        criterion(z, y)
+    batches = chain(4, 3)
+    z, y, _ = batches[0]
+    with pytest.warns(RuntimeWarning, match="do not continue"):
+        criterion(z, (y + 1) % 5)
+    for z, y, _ in batches[1:]:
+        criterion(z, (y + 1) % 5)
+    assert criterion.stats()[0] == 8 + 8
+
+
 def test_reset_begins_a_new_chain() -> None:
     criterion = DLBLoss()
     z, y = batch(4)

@@ -92,7 +92,7 @@ def test_each_level_is_accurate(level: int, dtype: torch.dtype, temperature: flo
 def test_short_rows(level: int) -> None:
     """Each remainder of a row modulo the vector length, and each place of the label in it."""
     for C in range(2, 71):
-        for dtype in DTYPES:
+        for dtype in DTYPES[C % 2 :: 2]:
             args = make(2 * C + 2, C, dtype)
             labels = torch.arange(2 * C + 2) % C
             args = args._replace(labels=labels, grad_scale=1.0 if C > 8 else 4.0)
@@ -181,8 +181,8 @@ def test_row_strides() -> None:
 def test_rows_beyond_2_to_the_32_elements() -> None:
     """Only the touched pages of the storage exist."""
     stride = 2**31 + 8
-    far = torch.empty(3 * stride, dtype=torch.float32).as_strided((4, 20), (stride, 1))[:3]
-    args = make(3, 20)
+    far = torch.empty(2 * stride + 20, dtype=torch.bfloat16).as_strided((3, 20), (stride, 1))
+    args = make(3, 20, torch.bfloat16)
     far.copy_(args.logits)
     want = native.forward(args)
     got = native.forward(args._replace(logits=far))
