@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 #: Name and module of each backend, in the order in which `backend="auto"` asks them.
-BACKENDS = {"cpu": "native", "triton": "triton_kernels", "eager": "reference"}
+BACKENDS = {"cpu": "native", "triton": "triton_backend", "eager": "reference"}
 
 #: Those that know `LossArgs.pair`.
 WITH_PAIR = ("triton",)

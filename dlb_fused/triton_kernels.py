@@ -1,85 +1,23 @@
-"""The backend `triton`: one launch forward, one launch backward.
+"""The Triton kernels. Which of them runs, and how, is decided in `triton_backend.py`.
 
-Rows of up to `8192 padded columns are read once and stay in registers (`_tile_kernel`, several
-short rows a program). Longer rows are read twice (`_loop_kernel`): maxima and sums, then the
-gradient. Both compute equations (1) to (6) of `reference.py` in real: fp64 for fp64 logits, else
-fp32. Exponents are in base 2: x2 = fma(z, log2(e), -M) with M = round(max z · log2(e)). The
-rounding of M shifts all x2 of a row alike, by up to 1e-3 at an offset of 1e4, and no equation
-changes under a common shift, as long as all of its terms use x2. Nothing else needs correcting.
+Short rows are read once and stay in registers (`tile_kernel`, several rows a program); longer ones
+are read twice (`loop_kernel`): maxima and sums, then the gradient. Both compute equations (1) to
+(6) of `reference.py` in real: fp64 for fp64 logits, else fp32. Exponents are in base 2:
+x2 = fma(z, log2(e), -M) with M = round(max z · log2(e)). The rounding of M shifts all x2 of a row
+alike, by up to 1e-3 at an offset of 1e4, and no equation changes under a common shift, as long as
+all of its terms use x2. Nothing else needs correcting.
 
 Every program leaves its sums in a workspace; the last one to finish adds them up in a fixed order,
 so that the bits do not depend on the schedule. Each program counts the valid rows itself, from L2;
-above `_COUNT_WORK` labels in all, one small launch before sums them in chunks.
-
-Compiled once for each C and each set of options; never for the value of a float, B, m or a stride.
+for large batches `count_kernel` does so in a small launch before.
 """
 
 from __future__ import annotations
 
-import functools
-import struct
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from dlb_fused.backends import LossArgs, LossOutputs
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    _MISSING: str | None = f"triton is not installed ({error})"
-
-    def jit(fn=None, **_):
-        return fn or jit
-else:
-    _MISSING = None
-    jit = triton.jit
-
-# Padded columns of 4-byte reals that one program can keep in registers without spilling, with the
-# warps for it (4 to 16 elements a thread) and the bound on registers: without one, ptxas prefers to
-# spill a word for another program a multiprocessor. Wider rows are read twice, _LOOP_BLOCK columns
-# at a time, three programs a multiprocessor (two with label smoothing).
-_WARPS = ((512, 2, None), (2048, 4, None), (4096, 8, None), (8192, 16, 128))
-_LOOP_BLOCK = 2048
-_LOOP_WARPS = 8
-_LOOP_REGISTERS = (80, 96)
-# Programs times labels up to which each program counts for itself: some 10 MB read from L2, about
-# the time of the launch that this saves.
-_COUNT_WORK = 1 << 20
-# Labels, and sums of programs, that a warp reads at once.
-_COUNT_WARP = 128
-_SUM_WARP = 256
-
-
-class Plan(NamedTuple):
-    """How the rows are laid out over programs."""
-
-    looped: bool
-    rows: int  # of a program
-    block: int  # columns that a program holds at once
-    vector: int  # looped: neighbouring columns with one running maximum
-    num_warps: int
-    registers: int | None  # bound for a thread
-
-
-@functools.cache
-def plan(columns: int, real_bytes: int, item_bytes: int, smoothing: bool) -> Plan:
-    """The one table of forms, tiles and warps, for rows of `columns` elements."""
-    scale = 1 if real_bytes == 4 else 4  # twice the registers, and more for exp2
-    block = 1 << (columns - 1).bit_length()
-    for widest, warps, registers in _WARPS:
-        if block * scale <= widest:
-            # Several short rows: one access of 16 bytes a thread, 4 elements where rows are odd.
-            wide = columns * item_bytes % 16 == 0
-            tile = 32 * warps * (16 // item_bytes if wide else 4)
-            rows = max(1, min(32 * warps, tile // block))
-            return Plan(False, rows, block, 1, warps, registers)
-    registers = _LOOP_REGISTERS[smoothing] if real_bytes == 4 else 128
-    return Plan(True, 1, _LOOP_BLOCK // scale, 16 // item_bytes, _LOOP_WARPS, registers)
-
+import triton
+import triton.language as tl
 
 # The arguments of the kernels, in groups. A field that is None is left out of the compiled code.
 
@@ -96,7 +34,7 @@ class Batch(NamedTuple):
 class Counts(NamedTuple):
     ce: Any  # () real, the user's
     kl: Any
-    chunks: Any  # what `_count_kernel` left
+    chunks: Any  # what `count_kernel` left
     parts: Any  # backward: those that forward used
 
 
@@ -120,7 +58,7 @@ class Sums(NamedTuple):
 # ---- scalars ----
 
 
-@jit
+@triton.jit
 def _value(x, real: tl.constexpr):
     """A scalar of the user: a device tensor, or the bits of a double."""
     if x.dtype.is_ptr():
@@ -130,7 +68,7 @@ def _value(x, real: tl.constexpr):
     return value
 
 
-@jit
+@triton.jit
 def _row_values(x, rows, taught, PER_ROW: tl.constexpr, real: tl.constexpr):
     """The value of each row; 1 where it is not taught."""
     if PER_ROW:
@@ -140,28 +78,28 @@ def _row_values(x, rows, taught, PER_ROW: tl.constexpr, real: tl.constexpr):
     return values
 
 
-@jit
+@triton.jit
 def _inverse(count):
     return tl.where(count > 0, 1.0 / tl.where(count > 0, count, 1.0), 0.0)
 
 
-@jit
+@triton.jit
 def _log2e(real: tl.constexpr):
     return tl.full((), 1.4426950408889634, real)
 
 
-@jit
+@triton.jit
 def _ln2(real: tl.constexpr):
     return tl.full((), 0.6931471805599453, real)
 
 
-@jit
+@triton.jit
 def _exponent(z, top, real: tl.constexpr):
     """z log2(e) - top with one rounding; top: the rounded maximum of z log2(e)."""
     return tl.fma(z, _log2e(real), -top)
 
 
-@jit
+@triton.jit
 def _first_row(parity, slot_rows, BACKWARD: tl.constexpr):
     """The first row of the cache's slot that teaches: `parity`, after forward the other one."""
     first = tl.full((), 0, tl.int64)
@@ -176,7 +114,7 @@ def _first_row(parity, slot_rows, BACKWARD: tl.constexpr):
 # ---- counts ----
 
 
-@jit
+@triton.jit
 def _teacher(rows, batch, size):
     """The teacher's row for each row, and whether it has one that may teach."""
     _, m, first, _ = size
@@ -191,7 +129,7 @@ def _teacher(rows, batch, size):
     return row, may
 
 
-@jit
+@triton.jit
 def _tally(rows, batch, size, C: tl.constexpr, TEACHER: tl.constexpr, real: tl.constexpr):
     """For each row its part of ce_count, and as 0 or 1: is taught (guard apart), differs."""
     B, m, _, ignore_index = size
@@ -215,7 +153,7 @@ def _tally(rows, batch, size, C: tl.constexpr, TEACHER: tl.constexpr, real: tl.c
     return ce, taught, differs
 
 
-@jit
+@triton.jit
 def _count(
     batch, chunks, size, C: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr,
     real: tl.constexpr,
@@ -242,8 +180,8 @@ def _count(
     return tl.sum(ce, 0), tl.sum(taught, 0), tl.sum(differs, 0)
 
 
-@jit(do_not_specialize=["B", "m", "slot_rows", "ignore_index"])
-def _count_kernel(
+@triton.jit(do_not_specialize=["B", "m", "slot_rows", "ignore_index"])
+def count_kernel(
     batch, chunks, B: tl.int32, m: tl.int32, slot_rows: tl.int32, ignore_index: tl.int64,
     C: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr,
 ):
@@ -259,7 +197,7 @@ def _count_kernel(
     tl.store(chunks + 2 * n + pid, tl.sum(differs, 0).to(real))
 
 
-@jit
+@triton.jit
 def _step_counts(
     batch, counts, size, C: tl.constexpr, TEACHER: tl.constexpr, COUNT: tl.constexpr,
     BLOCK: tl.constexpr, real: tl.constexpr,
@@ -291,7 +229,7 @@ def _step_counts(
 # ---- equations, for a vector of rows or for one ----
 
 
-@jit
+@triton.jit
 def _label_terms(sums, y, valid, share, batch, smoothing, C: tl.constexpr, real: tl.constexpr):
     """Equations (2) and (5): ce_i, the factor of e_c, the gradient at the label, and ε share / C.
 
@@ -324,7 +262,7 @@ def _label_terms(sums, y, valid, share, batch, smoothing, C: tl.constexpr, real:
     return tl.where(valid, ce, 0.0), factor, at_label, less
 
 
-@jit
+@triton.jit
 def _teaching(
     temperature, alpha, rows, taught, kl_share, TAUS: tl.constexpr, ALPHAS: tl.constexpr,
     real: tl.constexpr,
@@ -340,14 +278,14 @@ def _teaching(
     return tau, a, tl.where(taught, a * tau * kl_share, 0.0)
 
 
-@jit
+@triton.jit
 def _distil_terms(dot, St, T, tau, alpha, taught, real: tl.constexpr):
     """Equation (3) and the row's part of (4): kl_i and α τ² kl_i."""
     kl = tl.where(taught, _ln2(real) * (dot / (T * tau) + tl.log2(St / T)), 0.0)
     return kl, tl.where(taught & (alpha != 0), alpha * tau * tau * kl, 0.0)
 
 
-@jit
+@triton.jit
 def _divergence(q, u, x):
     """Σ of this are the terms q (u - x): 0 for a class that the teacher excludes, +inf for one that
     only the student excludes, even where q underflows."""
@@ -359,7 +297,7 @@ def _divergence(q, u, x):
 # ---- the end of a launch ----
 
 
-@jit
+@triton.jit
 def _total(values, n, BLOCK: tl.constexpr, real: tl.constexpr):
     """The sum of n values that other programs left, always in the same order."""
     lane = tl.arange(0, BLOCK)
@@ -370,7 +308,7 @@ def _total(values, n, BLOCK: tl.constexpr, real: tl.constexpr):
     return tl.sum(acc, 0)
 
 
-@jit
+@triton.jit
 def _finish(
     own, counts, m, batch, sums, TEACHER: tl.constexpr, BLOCK: tl.constexpr, real: tl.constexpr
 ):
@@ -414,7 +352,7 @@ def _finish(
 # ---- what both forms of a row begin and end with ----
 
 
-@jit
+@triton.jit
 def _scales(grad_scale, dloss, real: tl.constexpr):
     """The factor of the gradient to write, and whether the stored one already carries it."""
     scale = _value(grad_scale, real)
@@ -426,7 +364,7 @@ def _scales(grad_scale, dloss, real: tl.constexpr):
     return scale, done
 
 
-@jit
+@triton.jit
 def _cache_row(rows, B, fresh, first):
     """The row of the next cache for each row of the batch, and whether it has one."""
     return rows - (B - fresh) + first, (rows >= B - fresh) & (rows < B)
@@ -435,7 +373,7 @@ def _cache_row(rows, B, fresh, first):
 # ---- rows that stay in registers ----
 
 
-@jit
+@triton.jit
 def _tile_rows(
     z, p, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing,
     C: tl.constexpr, TAUS: tl.constexpr, ALPHAS: tl.constexpr, GRAD: tl.constexpr,
@@ -484,11 +422,11 @@ def _tile_rows(
     return g, ce, kl, distil, other + x_y
 
 
-@jit(
+@triton.jit(
     do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "B", "m", "fresh",
     "slot_rows", "step", "last_step", "out_step", "ignore_index"]
 )
-def _tile_kernel(
+def tile_kernel(
     logits, last_logits, dlogits, dloss, batch, counts, cache, sums, temperature, alpha,
     grad_scale, smoothing, B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
     step: tl.int64, last_step: tl.int64, out_step: tl.int64, ignore_index: tl.int64,
@@ -579,7 +517,7 @@ def _tile_kernel(
 # ---- long rows ----
 
 
-@jit
+@triton.jit
 def _loop_sums(
     z_row, p_row, next_row, kept, y, k, weight, smoothing, C: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr, real: tl.constexpr,
@@ -635,7 +573,7 @@ def _loop_sums(
     return z_top, other, tl.sum(z_y, 0), St, p_top, T, tl.sum(w_sum, 0)
 
 
-@jit
+@triton.jit
 def _loop_gradient(
     z_row, p_row, out_row, y, valid, z_top, p_top, k, factors, weight, smoothing, C: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, real: tl.constexpr,
@@ -682,7 +620,7 @@ def _loop_gradient(
     return tl.sum(dot, 0), tl.sum(wx_sum, 0)
 
 
-@jit
+@triton.jit
 def _loop_row(
     z_row, p_row, out_row, next_row, kept, y, valid, taught, row, shares, batch, temperature,
     alpha, smoothing, C: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
@@ -727,11 +665,11 @@ def _loop_row(
     return ce, kl, distil, fit
 
 
-@jit(
+@triton.jit(
     do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "B", "m", "fresh",
     "slot_rows", "step", "last_step", "out_step", "ignore_index"]
 )
-def _loop_kernel(
+def loop_kernel(
     logits, last_logits, dlogits, dloss, batch, counts, cache, sums, temperature, alpha,
     grad_scale, smoothing, B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
     step: tl.int64, last_step: tl.int64, out_step: tl.int64, ignore_index: tl.int64,
@@ -792,8 +730,8 @@ def _loop_kernel(
 # ---- a gradient stored over the logits ----
 
 
-@jit(do_not_specialize=["grad_scale", "B", "step"])
-def _rescale_kernel(
+@triton.jit(do_not_specialize=["grad_scale", "B", "step"])
+def rescale_kernel(
     dlogits, dloss, grad_scale, B: tl.int32, step: tl.int64, C: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, UNIT: tl.constexpr, real: tl.constexpr,
 ):
@@ -812,318 +750,3 @@ def _rescale_kernel(
 
 
 # fmt: on
-# ---- host ----
-
-
-class Launch(NamedTuple):
-    """One launch: kernel[(grid,)](*args, **constants, **options)."""
-
-    kernel: Any
-    grid: int
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
-    options: dict[str, Any]  # of the compiler
-
-
-def _interpreted() -> bool:
-    return not isinstance(_tile_kernel, triton.runtime.JITFunction)
-
-
-def why_not(logits: Tensor) -> str | None:
-    """None if Triton can take these logits, else the reason.
-
-    CPU tensors are taken when Triton interprets its kernels (TRITON_INTERPRET=1 at import).
-    """
-    if _MISSING is not None:
-        return _MISSING
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < (3, 6):
-        return f"the triton backend needs triton >= 3.6, found {triton.__version__}"
-    if logits.is_cuda or (logits.device.type == "cpu" and _interpreted()):
-        return None
-    return f"the triton backend needs a CUDA device, got {logits.device.type}"
-
-
-def forward(args: LossArgs) -> LossOutputs:
-    """Loss, parts, gradient and next cache in one launch; see `backends.py`."""
-    out = _outputs(args)
-    if args.logits.shape[0] == 0:
-        out.loss.zero_()
-        out.parts.zero_()
-        return out
-    with _on(args.logits.device):
-        for launch in forward_launches(args, out):
-            _run(launch)
-    return out
-
-
-def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | None) -> Tensor:
-    """dloss times the gradient, in one launch that returns at once where dlogits holds it."""
-    always = dlogits is None
-    if dlogits is None:
-        logits = args.logits
-        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    if dlogits.shape[0]:
-        with _on(dlogits.device):
-            _run(backward_launch(args, parts, dloss, dlogits, always))
-    return dlogits
-
-
-def rescale_(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> None:
-    """dlogits *= dloss / grad_scale in one launch, which does nothing where they are equal."""
-    if dlogits.shape[0]:
-        with _on(dlogits.device):
-            _run(rescale_launch(dlogits, dloss, grad_scale))
-
-
-def forward_launches(args: LossArgs, out: LossOutputs) -> list[Launch]:
-    """What `forward` launches, into tensors made by `_outputs`; B > 0."""
-    form, constants = _form(args, out.dlogits)
-    batch, last_logits = _batch(args)
-    B, C = args.logits.shape
-    programs = -(-B // form.rows)
-    guarded = batch.last_labels is not None or args.stats is not None
-    count = args.ce_count is None or (
-        last_logits is not None and (args.kl_count is None or guarded)
-    )
-    in_chunks = count and programs * B > _COUNT_WORK
-    space = _workspace(args.logits.device, out.loss.dtype, B)
-    counts = Counts(args.ce_count, args.kl_count, space.chunks if in_chunks else None, None)
-    cache = Cache(out.next_logits, out.next_labels, out.next_valid)
-    slot_rows = 0
-    if args.pair is not None:
-        slot_rows = args.pair.logits.shape[1]
-        cache = Cache(args.pair.logits if args.copy_logits else None, *args.pair[1:3])
-    sums = Sums(out.loss, out.parts, args.stats, space.scratch, space.counter)
-    launch = _row_launch(
-        args,
-        out.dlogits,
-        None,
-        args.grad_scale,
-        batch,
-        last_logits,
-        counts,
-        cache,
-        sums,
-        slot_rows,
-        form,
-        {**constants, "COUNT": count},
-    )
-    if not in_chunks:
-        return [launch]
-    sizes = (B, args.overlap if last_logits is not None else 0, slot_rows, args.ignore_index)
-    block = constants["COUNT_BLOCK"]
-    tally = {"C": C, "TEACHER": last_logits is not None, "BLOCK": block}
-    chunks = -(-B // block)
-    first = Launch(_count_kernel, chunks, (batch, space.chunks, *sizes), tally, {"num_warps": 4})
-    return [first, launch]
-
-
-def backward_launch(
-    args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor, always: bool
-) -> Launch:
-    """What `backward` launches. always: dlogits holds nothing yet, whatever dloss is."""
-    form, constants = _form(args, dlogits)
-    batch, last_logits = _batch(args)
-    slot_rows = 0 if args.pair is None else args.pair.logits.shape[1]
-    # No dloss equals NaN.
-    scale = float("nan") if always else args.grad_scale
-    nothing = Sums(None, None, None, None, None)
-    return _row_launch(
-        args,
-        dlogits,
-        dloss,
-        scale,
-        batch,
-        last_logits,
-        Counts(None, None, None, parts),
-        Cache(None, None, None),
-        nothing,
-        slot_rows,
-        form,
-        {**constants, "COUNT": False},
-    )
-
-
-def rescale_launch(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> Launch:
-    """What `rescale_` launches; B > 0."""
-    B, C = dlogits.shape
-    real, tl_real = _real(dlogits.dtype)
-    form = plan(C, real.itemsize, dlogits.element_size(), False)
-    step = dlogits.stride(0)
-    unit = _unit(step)
-    constants = {"C": C, "ROWS": form.rows, "BLOCK": form.block, "UNIT": unit, "real": tl_real}
-    args = (dlogits, dloss, _bits(grad_scale), B, step // unit)
-    return Launch(_rescale_kernel, -(-B // form.rows), args, constants, _options(form))
-
-
-def _row_launch(
-    args,
-    dlogits,
-    dloss,
-    grad_scale,
-    batch,
-    last_logits,
-    counts,
-    cache,
-    sums,
-    slot_rows,
-    form,
-    constants,
-) -> Launch:
-    unit = constants["UNIT"]
-    step = args.logits.stride(0) // unit
-    last_step = 0 if last_logits is None else last_logits.stride(-2) // unit
-    out_step = 0 if dlogits is None else dlogits.stride(0) // unit
-    B = args.logits.shape[0]
-    m = 0 if last_logits is None else args.overlap
-    smoothing = _bits(args.label_smoothing) if args.label_smoothing else None
-    values = (
-        args.logits,
-        last_logits,
-        dlogits,
-        dloss,
-        batch,
-        counts,
-        cache,
-        sums,
-        _bits(args.temperature),
-        _bits(args.alpha),
-        _bits(grad_scale),
-        smoothing,
-        B,
-        m,
-        args.fresh,
-        slot_rows,
-        step,
-        last_step,
-        out_step,
-        args.ignore_index,
-    )
-    kernel = _loop_kernel if form.looped else _tile_kernel
-    return Launch(kernel, -(-B // form.rows), values, constants, _options(form))
-
-
-def _form(args: LossArgs, dlogits: Tensor | None) -> tuple[Plan, dict[str, Any]]:
-    """Plan and constants of a launch over the rows of logits."""
-    logits = args.logits
-    real, tl_real = _real(logits.dtype)
-    C = logits.shape[1]
-    form = plan(C, real.itemsize, logits.element_size(), args.label_smoothing != 0)
-    last_step = C if args.last_logits is None else args.last_logits.stride(0)
-    out_step = C if dlogits is None else dlogits.stride(0)
-    constants = {
-        "C": C,
-        "ROWS": form.rows,
-        "BLOCK": form.block,
-        "VECTOR": form.vector,
-        "UNIT": _unit(logits.stride(0) | last_step | out_step),
-        "TAUS": isinstance(args.temperature, Tensor) and args.temperature.dim() == 1,
-        "ALPHAS": isinstance(args.alpha, Tensor) and args.alpha.dim() == 1,
-        "COUNT_BLOCK": _COUNT_WARP * form.num_warps,
-        "SUM_BLOCK": _SUM_WARP * form.num_warps,
-        "real": tl_real,
-    }
-    return form, constants
-
-
-def _batch(args: LossArgs) -> tuple[Batch, Tensor | None]:
-    """The vectors over rows, and the teacher; None of them without overlap."""
-    parity = None if args.pair is None else args.pair.parity
-    if args.overlap == 0:
-        return Batch(args.labels, None, None, None, args.weight, parity), None
-    if args.pair is None:
-        given = args.teacher_rows, args.last_labels, args.last_valid
-        return Batch(args.labels, *given, args.weight, None), args.last_logits
-    given = None, args.pair.labels, args.pair.valid
-    return Batch(args.labels, *given, args.weight, parity), args.pair.logits
-
-
-def _outputs(args: LossArgs) -> LossOutputs:
-    logits = args.logits
-    real, device = _real(logits.dtype)[0], logits.device
-    loss = torch.empty((), dtype=real, device=device)
-    parts = torch.empty(4, dtype=real, device=device)
-    dlogits = next_logits = next_labels = next_valid = None
-    if args.need_grad:
-        dlogits = (
-            logits if args.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=device)
-        )
-    if args.fresh and args.pair is None:
-        if args.copy_logits:
-            next_logits = torch.empty(
-                (args.fresh, logits.shape[1]), dtype=logits.dtype, device=device
-            )
-        next_labels = torch.empty(args.fresh, dtype=torch.int64, device=device)
-        next_valid = torch.empty(args.fresh, dtype=torch.uint8, device=device)
-    return LossOutputs(loss, parts, dlogits, next_logits, next_labels, next_valid)
-
-
-class _Workspace(NamedTuple):
-    scratch: Tensor  # (3 B,) real: sums of each program
-    chunks: (
-        Tensor  # (3 ceil(B / _COUNT_WARP),) real, or less: sums of each program of `_count_kernel`
-    )
-    counter: Tensor  # (1,) int32: programs that have finished; 0 between launches
-
-
-_workspaces: dict[tuple[torch.device, int, torch.dtype, int], _Workspace] = {}
-
-
-def _workspace(device: torch.device, real: torch.dtype, rows: int) -> _Workspace:
-    """The workspace of a device and stream, for up to 2^k rows. It is never freed: a CUDA graph may
-    hold its address. While a graph is captured, a new one is made in the graph's own memory, with
-    the fill of its counter as part of the graph: graphs that are replayed at the same time do not
-    meet."""
-    size = (rows - 1).bit_length()
-    if device.type != "cuda":
-        key = (device, 0, real, size)
-    elif torch.cuda.is_current_stream_capturing():
-        return _new_workspace(device, real, 1 << size)
-    else:
-        key = (device, triton.runtime.driver.active.get_current_stream(device.index), real, size)
-    space = _workspaces.get(key)
-    if space is None:
-        space = _workspaces[key] = _new_workspace(device, real, 1 << size)
-    return space
-
-
-def _new_workspace(device: torch.device, real: torch.dtype, rows: int) -> _Workspace:
-    return _Workspace(
-        torch.empty(3 * rows, dtype=real, device=device),
-        torch.empty(3 * -(-rows // _COUNT_WARP), dtype=real, device=device),
-        torch.zeros(1, dtype=torch.int32, device=device),
-    )
-
-
-def _real(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
-    if dtype == torch.float64:
-        return torch.float64, tl.float64
-    return torch.float32, tl.float32
-
-
-def _unit(steps: int) -> int:
-    """The largest power of two, up to 8, that divides the steps (or-ed together)."""
-    return (steps | 8) & -(steps | 8)
-
-
-def _bits(x: float | Tensor) -> int | Tensor:
-    """A tensor as it is; a float as the bits of a double, since Triton would round it to fp32. 0 is
-    passed as -0.0: all bits 0 would be an int32, and compile again."""
-    if isinstance(x, Tensor):
-        return x
-    return struct.unpack("q", struct.pack("d", x or -0.0))[0]
-
-
-def _options(form: Plan) -> dict[str, Any]:
-    return {"num_warps": form.num_warps, "maxnreg": form.registers}
-
-
-def _run(launch: Launch) -> None:
-    launch.kernel[(launch.grid,)](*launch.args, **launch.constants, **launch.options)
-
-
-def _on(device: torch.device) -> Any:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)

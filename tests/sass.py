@@ -47,7 +47,7 @@ def specialization(launch: Any) -> str:
 
 
 def compiled(launch: Any, capability: int) -> Any:
-    """The kernel of a `triton_kernels.Launch`, as a GPU of this capability would compile it."""
+    """The kernel of a `triton_backend.Launch`, as a GPU of this capability would compile it."""
     backend, bound, specialized, options = _bound(launch, capability)
     options, signature, constants, attrs = launch.kernel._pack_args(
         backend, options, bound, specialized, options

@@ -87,5 +87,5 @@ def test_imports_run_one_way() -> None:
     """Nothing native and no Triton is imported before a backend is asked for."""
     code = "import sys, dlb_fused; print([name for name in sys.modules if 'dlb_fused' in name])"
     loaded = run("-c", code, cwd=ROOT)
-    for module in ("triton_kernels", "native", "_cpu"):
+    for module in ("triton_backend", "triton_kernels", "native", "_cpu"):
         assert f"dlb_fused.{module}" not in loaded

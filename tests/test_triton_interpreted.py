@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlb_fused import reference, triton_kernels
+from dlb_fused import reference, triton_backend, triton_kernels
 from dlb_fused.backends import CachePair, LossArgs, LossOutputs
 
-if triton_kernels.why_not(torch.empty(1, 1)) is not None:
-    reason = triton_kernels.why_not(torch.empty(1, 1))
+if triton_backend.why_not(torch.empty(1, 1)) is not None:
+    reason = triton_backend.why_not(torch.empty(1, 1))
     pytest.skip(f"needs TRITON_INTERPRET=1: {reason}", allow_module_level=True)
 
 from interpreter import Checker
@@ -48,8 +48,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each kernel; that of long rows with blocks of 32 columns, since the interpreter is slow."""
     if request.param == "loop":
-        small = triton_kernels.Plan(True, 1, 32, 4, 4, None)
-        monkeypatch.setattr(triton_kernels, "plan", lambda *_: small)
+        small = triton_backend.Plan(True, 1, 32, 4, 4, None)
+        monkeypatch.setattr(triton_backend, "plan", lambda *_: small)
     return request.param
 
 
@@ -91,7 +91,7 @@ def tensors(
     if out is not None:
         named |= out._asdict()
         real = out.loss.dtype
-        space = triton_kernels._workspace(args.logits.device, real, args.logits.shape[0])
+        space = triton_backend._workspace(args.logits.device, real, args.logits.shape[0])
         named |= space._asdict()
     named = {k: v for k, v in named.items() if isinstance(v, Tensor)}
     if args.inplace:
@@ -100,7 +100,7 @@ def tensors(
 
 
 def forward(
-    args: LossArgs, order: int | None = None, module: ModuleType = triton_kernels
+    args: LossArgs, order: int | None = None, module: ModuleType = triton_backend
 ) -> tuple[LossOutputs, Checker]:
     """`forward` of the backend, with every access checked."""
     out = module._outputs(args)
@@ -119,8 +119,8 @@ def backward(
     into = torch.empty(args.logits.shape, dtype=args.logits.dtype) if fresh else dlogits
     assert into is not None
     with Checker(tensors(args, parts=parts, dloss=d, dlogits=into)) as checker:
-        launch = triton_kernels.backward_launch(args, parts, d, into, fresh)
-        triton_kernels._run(launch)
+        launch = triton_backend.backward_launch(args, parts, d, into, fresh)
+        triton_backend._run(launch)
     return into, checker
 
 
@@ -367,16 +367,16 @@ def test_inplace_and_rescale(form: str) -> None:
     for dloss in (1.0, -3.7):
         d = torch.tensor(dloss)
         with Checker({"dlogits": args.logits, "dloss": d}) as checker:
-            triton_kernels.rescale_(args.logits, d, 1.0)
+            triton_backend.rescale_(args.logits, d, 1.0)
         assert (checker.loads["dlogits"] == 0) == (dloss == 1.0)
         close(wide, before.double() * dloss, 1e-7)
 
 
 def test_empty_batch() -> None:
-    out = triton_kernels.forward(make(0, 5, 0))
+    out = triton_backend.forward(make(0, 5, 0))
     assert out.loss == 0 and not out.parts.any() and out.dlogits.shape == (0, 5)
     args = make(0, 5, 0)
-    assert triton_kernels.backward(args, out.parts, torch.tensor(2.0), None).shape == (0, 5)
+    assert triton_backend.backward(args, out.parts, torch.tensor(2.0), None).shape == (0, 5)
 
 
 def test_counts_in_a_launch_before(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,13 +386,13 @@ def test_counts_in_a_launch_before(form: str, monkeypatch: pytest.MonkeyPatch) -
     for guard in (args.labels[:7].clone(), args.last_labels):
         one = check(args._replace(last_labels=guard))
         with monkeypatch.context() as m:
-            m.setattr(triton_kernels, "_COUNT_WORK", 0)
-            m.setattr(triton_kernels, "_COUNT_WARP", 1)
-            triton_kernels._workspaces.clear()
-            both = triton_kernels.forward_launches(args, triton_kernels._outputs(args))
+            m.setattr(triton_backend, "_COUNT_WORK", 0)
+            m.setattr(triton_backend, "_COUNT_WARP", 1)
+            triton_backend._workspaces.clear()
+            both = triton_backend.forward_launches(args, triton_backend._outputs(args))
             assert len(both) == 2 and (both[0].grid > 1)
             two = check(args._replace(last_labels=guard))
-        triton_kernels._workspaces.clear()
+        triton_backend._workspaces.clear()
         near(two.parts, one.parts.double(), 1e-6)
         close(two.dlogits, one.dlogits.double(), 1e-7)
 
@@ -500,12 +500,18 @@ def test_rows_without_a_teacher_read_none(form: str) -> None:
 
 
 def patched(tmp_path: Path, old: str, new: str) -> ModuleType:
-    """The shipped kernels with a fault planted in their text."""
+    """The shipped backend with a fault planted in the text of its kernels."""
     text = Path(triton_kernels.__file__).read_text()
     assert text.count(old) >= 1, f"the patch does not apply: {old!r}"
     path = tmp_path / "patched_kernels.py"
     path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("patched_kernels", path)
+    backend = module_from(Path(triton_backend.__file__))
+    backend.kernels = module_from(path)  # type: ignore[attr-defined]
+    return backend
+
+
+def module_from(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlb_fused import triton_kernels
+from dlb_fused import triton_backend, triton_kernels
 from dlb_fused.backends import CachePair, LossArgs
-from dlb_fused.triton_kernels import Launch
+from dlb_fused.triton_backend import Launch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-if not isinstance(triton_kernels._tile_kernel, triton.runtime.JITFunction):
+if not isinstance(triton_kernels.tile_kernel, triton.runtime.JITFunction):
     pytest.skip("the kernels are interpreted: TRITON_INTERPRET is set", allow_module_level=True)
 
 import sass  # noqa: E402
 
 B, M = 32, 16
 # The widest row of each line of the dispatch table, short rows, odd rows, and a row of the loop.
-WIDEST = [line[0] for line in triton_kernels._WARPS]
+WIDEST = [line[0] for line in triton_backend._WARPS]
 COLUMNS = [10, 100, 1003, *WIDEST, 2 * WIDEST[-1]]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -59,14 +59,14 @@ def step_of_the_module(C: int, dtype: torch.dtype) -> LossArgs:
 
 
 def forward(args: LossArgs) -> Launch:
-    return triton_kernels.forward_launches(args, triton_kernels._outputs(args))[-1]
+    return triton_backend.forward_launches(args, triton_backend._outputs(args))[-1]
 
 
 def backward(args: LossArgs, dlogits: Tensor | None = None) -> Launch:
     real = torch.float64 if args.logits.dtype == torch.float64 else torch.float32
     into = torch.empty_like(args.logits)
     parts, dloss = torch.empty(4, dtype=real), torch.empty((), dtype=real)
-    return triton_kernels.backward_launch(args, parts, dloss, into, False)
+    return triton_backend.backward_launch(args, parts, dloss, into, False)
 
 
 def nothing_spills(facts: sass.Facts) -> None:
@@ -86,11 +86,11 @@ def check(launch: Launch, args: LossArgs, capability: int) -> None:
     loads = facts.count(r"LDG\.E\.E[FL]")
     vectors = max(1, held * item // 16)
     # Both kinds of rows (with and without teacher) are in the code of the loop.
-    expected = (3 * 2 if launch.kernel is triton_kernels._loop_kernel else 2) * vectors
+    expected = (3 * 2 if launch.kernel is triton_kernels.loop_kernel else 2) * vectors
     if c["C"] * item % 16 == 0:
         assert facts.count(r"LDG\.E\.E[FL]\.128") == loads
         # ptxas may unroll a loop.
-        assert loads == expected or launch.kernel is triton_kernels._loop_kernel
+        assert loads == expected or launch.kernel is triton_kernels.loop_kernel
         assert facts.count(r"STG\.E(\.\w+)*\.128") >= vectors
     threads = 32 * launch.options["num_warps"]
     registers = -(-facts.registers // 8) * 8 * threads
@@ -101,7 +101,7 @@ def exponentials(facts: sass.Facts, launch: Launch, held: int) -> None:
     """In PTX: ptxas doubles some code where it cannot prove that a condition is uniform."""
     found = facts.ptx.count("ex2.approx.ftz.f32")
     assert facts.ptx.count("ex2.approx") == found  # tl.exp has no ftz, and five instructions
-    if launch.kernel is triton_kernels._tile_kernel:
+    if launch.kernel is triton_kernels.tile_kernel:
         # 3 an element in rows with a teacher, 1 in others; and one a row in each.
         assert 4 * held <= found <= 4 * held + 2 * launch.constants["ROWS"]
     else:
@@ -128,13 +128,13 @@ def test_other_targets(C: int, dtype: torch.dtype, capability: int) -> None:
 
 def test_the_table_is_covered() -> None:
     """Each line of the dispatch table and each kernel of the module has a case."""
-    plans = {triton_kernels.plan(C, 4, 4, False) for C in COLUMNS}
-    tiles = {(False, *line[1:]) for line in triton_kernels._WARPS}
-    loop = True, triton_kernels._LOOP_WARPS, triton_kernels._LOOP_REGISTERS[0]
+    plans = {triton_backend.plan(C, 4, 4, False) for C in COLUMNS}
+    tiles = {(False, *line[1:]) for line in triton_backend._WARPS}
+    loop = True, triton_backend._LOOP_WARPS, triton_backend._LOOP_REGISTERS[0]
     assert {(p.looped, p.num_warps, p.registers) for p in plans} == {*tiles, loop}
     text = Path(triton_kernels.__file__).read_text()
-    kernels = set(re.findall(r"^def (_\w+_kernel)\(", text, re.MULTILINE))
-    assert kernels == {"_tile_kernel", "_loop_kernel", "_count_kernel", "_rescale_kernel"}
+    kernels = set(re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE))
+    assert kernels == {"tile_kernel", "loop_kernel", "count_kernel", "rescale_kernel"}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -181,21 +181,21 @@ def test_fp64(C: int) -> None:
 
 
 def test_small_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "_COUNT_WORK", 0)
+    monkeypatch.setattr(triton_backend, "_COUNT_WORK", 0)
     args = step_of_the_module(100, torch.float32)
-    both = triton_kernels.forward_launches(args, triton_kernels._outputs(args))
+    both = triton_backend.forward_launches(args, triton_backend._outputs(args))
     assert [launch.kernel for launch in both] == [
-        triton_kernels._count_kernel,
-        triton_kernels._tile_kernel,
+        triton_kernels.count_kernel,
+        triton_kernels.tile_kernel,
     ]
     dloss = torch.empty(())
-    for launch in (*both, triton_kernels.rescale_launch(args.logits, dloss, 1.0)):
+    for launch in (*both, triton_backend.rescale_launch(args.logits, dloss, 1.0)):
         nothing_spills(sass.facts(launch, 90))
 
 
 def test_planted_spill_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        triton_kernels, "plan", lambda *_: triton_kernels.Plan(False, 1, 16384, 1, 8, None)
+        triton_backend, "plan", lambda *_: triton_backend.Plan(False, 1, 16384, 1, 8, None)
     )
     args = step_of_the_module(16384, torch.float32)
     with pytest.raises(AssertionError):
@@ -204,7 +204,7 @@ def test_planted_spill_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_planted_runtime_width_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the step in elements, the compiler sees no divisibility and loads 4 bytes at a time."""
-    monkeypatch.setattr(triton_kernels, "_unit", lambda steps: 1)
+    monkeypatch.setattr(triton_backend, "_unit", lambda steps: 1)
     args = step_of_the_module(1000, torch.float32)
     with pytest.raises(AssertionError):
         check(forward(args), args, 90)
