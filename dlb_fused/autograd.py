@@ -54,51 +54,54 @@ class DLBLossFunction(Function):
     ) -> Tensor:
         out = module.forward(args)
         box.append(out)
+        teacher, pair = args.last_logits, args.pair
+        # Kernels write behind autograd's back; now a later read of the old values is an error.
         if args.inplace:
-            # A kernel writes behind autograd's back; now a later read of the old values is an
-            # error.
             torch.autograd.graph.increment_version(logits)
-        if args.pair is not None:
-            torch.autograd.graph.increment_version(args.pair.logits)
+        if pair is not None:
+            teacher = pair.logits
+            torch.autograd.graph.increment_version(teacher)
         # Saved, and not kept on ctx: backward frees what is saved, so the gradient can be handed on
         # without a clone, and a later write into logits, labels or the teacher's logits is found.
-        args = args._replace(logits=logits)
-        teacher = args.last_logits if args.pair is None else args.pair.logits
         ctx.inference_teacher = None
         if teacher is not None and teacher.is_inference():  # autograd refuses to save these
             ctx.inference_teacher, teacher = teacher, None
         ctx.save_for_backward(logits, args.labels, teacher, out.parts, out.dlogits)
-        ctx.rest, ctx.module, ctx.used = args[3:], module, False
+        ctx.rest, ctx.module, ctx.grad_scale, ctx.used = args[3:], module, args.grad_scale, False
         return out.loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not torch.is_grad_enabled():
+            return _backward(ctx, dloss), None, None, None
         with torch.no_grad():
             dlogits = _backward(ctx, dloss)
-        if torch.is_grad_enabled():
-            dlogits = NotTwiceDifferentiable.apply(dlogits, dloss, *ctx.saved_tensors[:1])
+        dlogits = NotTwiceDifferentiable.apply(dlogits, dloss, *ctx.saved_tensors[:1])
         return dlogits, None, None, None
 
 
 def _backward(ctx: Any, dloss: Tensor) -> Tensor:
     logits, labels, teacher, parts, dlogits = ctx.saved_tensors
-    teacher = ctx.inference_teacher if teacher is None else teacher
-    args = LossArgs(logits.detach(), labels, teacher, *ctx.rest)
+    # The first backward gives the stored buffer away, with a version counter of its own: whatever
+    # the caller then does with it must not stop a second backward.
+    stored = None if ctx.used else dlogits.data
+    if stored is not None and not dloss.is_cuda and dloss.item() == ctx.grad_scale:
+        ctx.used = True  # the host may look at a number that it holds itself
+        return stored
+    args = LossArgs(
+        logits.detach(), labels, ctx.inference_teacher if teacher is None else teacher, *ctx.rest
+    )
     if args.pair is not None:
         args = args._replace(last_logits=None)  # was saved for the check of its version only
     if args.inplace:
-        if ctx.used:
+        if stored is None:
             raise RuntimeError(
                 "dlb_loss(inplace=True) allows one backward: the logits were overwritten by the "
                 "gradient of the first; use inplace=False with retain_graph=True"
             )
         ctx.used = True
-        gradient = dlogits.data
-        ctx.module.rescale_(gradient, dloss, args.grad_scale)
-        return gradient
-    # The first backward gives the stored buffer away, with a version counter of its own:
-    # whatever the caller then does with it must not stop a second backward.
-    stored = None if ctx.used else dlogits.data
+        ctx.module.rescale_(stored, dloss, args.grad_scale)
+        return stored
     ctx.used = True
     return ctx.module.backward(args, parts, dloss, stored)
 

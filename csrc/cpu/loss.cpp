@@ -22,8 +22,9 @@ namespace {
 
 constexpr int64_t kStreamBytes = 16 << 20;  // a gradient of this size stays in no cache
 constexpr int64_t kLargePageBytes = 4 << 20;
-constexpr int64_t kChunkElements = 4096;   // of a row range that one thread takes at a time
-constexpr int64_t kThreadElements = 2048;  // below this one thread is faster
+constexpr int64_t kChunkElements = 4096;    // of a row range that one thread takes at a time
+constexpr int64_t kRowElements = 128;       // what a row costs besides its elements, as elements
+constexpr int64_t kThreadElements = 32768;  // below this one thread is faster
 
 // ---- instruction set ----
 
@@ -149,7 +150,7 @@ void work(void* data) {
 }
 
 int team_size(const DlbArgs& a) {
-  if (a.threads <= 1 || a.B * a.C < kThreadElements || !gomp_parallel()) return 1;
+  if (a.threads <= 1 || a.B * (a.C + kRowElements) < kThreadElements || !gomp_parallel()) return 1;
   return a.threads < a.B ? a.threads : int(a.B);
 }
 

@@ -110,8 +110,19 @@ struct Exponents {
 // errors of a long chain of additions would show in the gradient.
 constexpr int64_t kChain = 16;
 
+// The block after this one, fetched into the cache while this one is summed: memory would stand
+// idle meanwhile. May lie past the end of the tensor.
+struct Ahead {
+  uintptr_t z, u;
+  int64_t z_size, u_size;  // bytes an element
+
+  void fetch_z(int64_t c) const { __builtin_prefetch(reinterpret_cast<void*>(z + c * z_size)); }
+  void fetch_u(int64_t c) const { __builtin_prefetch(reinterpret_cast<void*>(u + c * u_size)); }
+};
+
 template <class R>
-double sum_fresh(const R* z, int64_t n, double z_top, const Exponents<R>& k, R* first) {
+double sum_fresh(const R* z, int64_t n, double z_top, const Exponents<R>& k, const Ahead ahead,
+                 R* first) {
   using V = Vector<R>;
   const V top = splat<V>(R(z_top));
   const Exponent<V, R> hard = k.hard;  // not read again after each store
@@ -120,6 +131,7 @@ double sum_fresh(const R* z, int64_t n, double z_top, const Exponents<R>& k, R* 
     const int64_t end = n - begin < kChain * kLanes<R> ? n : begin + kChain * kLanes<R>;
     V sum = {};
     for (int64_t c = begin; c < end; c += kLanes<R>) {
+      ahead.fetch_z(c);
       const V e = exp_of(load(z + c) - top, hard);
       store(first + c, e);
       sum += e;
@@ -147,11 +159,14 @@ struct TaughtSums {
 // Structs come by value, so that the stores cannot be thought to change them.
 template <class R, int kMode>
 inline TaughtSums<R> sum_chain(const Scratch<R> s, int64_t at, int64_t begin, int64_t end,
-                               Vector<R> z_ref, Vector<R> u_ref, const Exponents<R> k) {
+                               Vector<R> z_ref, Vector<R> u_ref, const Exponents<R> k,
+                               const Ahead ahead) {
   using V = Vector<R>;
   const V none = splat<V>(-std::numeric_limits<R>::infinity());
   TaughtSums<R> sum = {};
   for (int64_t c = begin; c < end; c += kLanes<R>) {
+    ahead.fetch_z(c);
+    ahead.fetch_u(c);
     const V x = load(s.z + c) - z_ref, u = load(s.u + c) - u_ref;
     const V soft = exp_of(x, k.soft), q = exp_of(u, k.soft);
     V hard;
@@ -173,12 +188,12 @@ inline TaughtSums<R> sum_chain(const Scratch<R> s, int64_t at, int64_t begin, in
 
 template <class R, int kMode>
 void sum_taught(const Scratch<R>& s, int64_t at, int64_t n, double z_top, double u_top,
-                const Exponents<R>& k, RowSums<double>& sums) {
+                const Exponents<R>& k, const Ahead& ahead, RowSums<double>& sums) {
   const Vector<R> z_ref = splat<Vector<R>>(R(z_top)), u_ref = splat<Vector<R>>(R(u_top));
   TaughtSums<R> total = {};
   for (int64_t begin = 0; begin < n; begin += kChain * kLanes<R>) {
     const int64_t end = n - begin < kChain * kLanes<R> ? n : begin + kChain * kLanes<R>;
-    const TaughtSums<R> sum = sum_chain<R, kMode>(s, at, begin, end, z_ref, u_ref, k);
+    const TaughtSums<R> sum = sum_chain<R, kMode>(s, at, begin, end, z_ref, u_ref, k, ahead);
     total.other += sum.other;
     total.student += sum.student;
     total.teacher += sum.teacher;
@@ -249,7 +264,7 @@ template <class R>
 using LoadBlock = R (*)(const void*, int64_t, R*);
 template <class R>
 using SumTaught = void (*)(const Scratch<R>&, int64_t, int64_t, double, double, const Exponents<R>&,
-                           RowSums<double>&);
+                           const Ahead&, RowSums<double>&);
 template <class R>
 using WriteGradient = void (*)(const Scratch<R>&, int64_t, int64_t, const Coefficients<R>&, void*);
 
@@ -407,14 +422,21 @@ class RowKernel {
       if (target_.smooth > 0) add_smoothing(at, n);
       take_label_out(at, n);
       const int64_t to = a_.dlogits ? at : 0;
+      const Ahead ahead = ahead_of(at + kDlbBlock);
       const double z_ref = reference(z_top_), u_ref = reference(u_top_);
       if (u_) {
-        kSumTaught<R>[mode_](s_, to, n, z_ref, u_ref, exponents_, sums_);
+        kSumTaught<R>[mode_](s_, to, n, z_ref, u_ref, exponents_, ahead, sums_);
       } else {
-        sums_.other += sum_fresh(s_.z, n, z_ref, exponents_, s_.first + to);
+        sums_.other += sum_fresh(s_.z, n, z_ref, exponents_, ahead, s_.first + to);
       }
     }
     put_label_in();
+  }
+
+  Ahead ahead_of(int64_t at) const {
+    const int64_t z_size = sizeof(T), u_size = size_of(a_.last_dtype);
+    return {reinterpret_cast<uintptr_t>(z_) + at * z_size,
+            reinterpret_cast<uintptr_t>(u_) + at * u_size, z_size, u_size};
   }
 
   // Takes the tops of a block in; the sums so far then refer to the new ones.
