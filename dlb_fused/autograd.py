@@ -10,7 +10,7 @@ it once, with the dloss that came.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,29 +20,18 @@ from dlb_fused import backends
 from dlb_fused.backends import LossArgs, LossOutputs
 
 
-class Computed(NamedTuple):
-    """A loss with its graph, and what the same launch gave besides."""
-
-    loss: Tensor
-    parts: Tensor
-    next_logits: Tensor | None
-    next_labels: Tensor | None
-    next_valid: Tensor | None
-
-
-def compute(args: LossArgs, backend: str) -> Computed:
-    """Runs the backend on checked arguments; the loss is differentiable with respect to
-    `args.logits`."""
+def compute(args: LossArgs, backend: str) -> LossOutputs:
+    """Runs the backend on checked arguments; `loss` is differentiable with respect to the logits,
+    and `dlogits` is None, since autograd holds it."""
     if torch.compiler.is_compiling():
         return _compute_compiled(args, backend)
     module = backends.choose(backend, args.logits)
     if not args.need_grad:
-        out: LossOutputs = module.forward(args)
-        return Computed(out.loss, out.parts, *out[3:])
+        return module.forward(args)  # type: ignore[no-any-return]
     box: list[LossOutputs] = []
     loss = DLBLossFunction.apply(args.logits, args, module, box)
-    out = box[0]
-    return Computed(loss, out.parts, *out[3:])
+    _, parts, _, *cache = box[0]
+    return LossOutputs(loss, parts, None, *cache)
 
 
 class DLBLossFunction(Function):
@@ -136,15 +125,16 @@ library.define(
 library.define(f"loss_gradient(Tensor dloss, Tensor parts, {_SETTINGS}) -> Tensor")
 
 
-def _compute_compiled(args: LossArgs, backend: str) -> Computed:
+def _compute_compiled(args: LossArgs, backend: str) -> LossOutputs:
     loss, parts, next_logits, next_labels, next_valid, stats = torch.ops.dlb_fused.loss(
         *_settings_of(args), backend
     )
     if args.stats is not None:
         args.stats.add_(stats)
-    return Computed(
+    return LossOutputs(
         loss,
         parts,
+        None,
         next_logits if args.copy_logits and args.fresh else None,
         next_labels if args.fresh else None,
         next_valid if args.fresh else None,

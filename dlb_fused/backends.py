@@ -122,13 +122,13 @@ def has_pair(module: ModuleType) -> bool:
     return module.__name__ in {f"dlb_fused.{BACKENDS[name]}" for name in WITH_PAIR}
 
 
-_chosen: dict[tuple[str, str, torch.dtype], ModuleType] = {}
+_chosen: dict[tuple[str, torch.device, torch.dtype], ModuleType] = {}
 
 
 def choose(name: str, logits: Tensor) -> ModuleType:
     """The module that computes the loss: the one named (RuntimeError with its reason if it cannot),
     or with "auto" the first that can."""
-    key = (name, logits.device.type, logits.dtype)
+    key = (name, logits.device, logits.dtype)
     module = _chosen.get(key)
     if module is None:
         module = _chosen[key] = _first_that_can(logits) if name == "auto" else _named(name, logits)

@@ -218,7 +218,9 @@ def dtype_name(value: Tensor) -> str:
 
 def rows_contiguous(value: Tensor) -> Tensor:
     """Kernels take any row stride; classes must lie side by side."""
-    return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
+    if value.is_contiguous() or value.stride(1) == 1 or value.shape[1] == 1:
+        return value
+    return value.contiguous()
 
 
 def overlaps_itself(value: Tensor) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dlb_fused import backends
-from dlb_fused.autograd import Computed, compute
-from dlb_fused.backends import CachePair, LossArgs
+from dlb_fused.autograd import compute
+from dlb_fused.backends import CachePair, LossArgs, LossOutputs
 from dlb_fused.cache import (
     FORMAT,
     Cache,
@@ -132,7 +132,7 @@ def dlb_loss(
     return parts_of(computed) if return_parts else computed.loss
 
 
-def parts_of(computed: Computed) -> DLBParts:
+def parts_of(computed: LossOutputs) -> DLBParts:
     return DLBParts(computed.loss, *computed.parts.unbind())
 
 
@@ -230,7 +230,7 @@ class DLBLoss(nn.Module):
         self._pending: list[Cache | None] = []  # of a call with commit=False
         self._pair: CachePair | None = None  # in place of _caches if capturable
         self._written_by: tuple[int, int] | None = None  # rank and world of a loaded state
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: list[Tensor] = []  # loss and parts of the last call
         self._stats: Tensor | None = None
         self._watch = ChainWatch()
 
@@ -284,7 +284,7 @@ class DLBLoss(nn.Module):
         keep = (lesson.fresh, self.keep == "copy", self._stats if training else None, lesson.pair)
         args = LossArgs(*(rows, labels.contiguous(), *lesson[:5], *options, *gradient, *keep))
         computed = compute(args, self.backend)
-        self._last = (computed.loss.detach(), computed.parts)
+        self._last[:] = computed.loss.detach(), computed.parts
         if training:
             self._remember(computed, logits, ids, lesson, commit)
         return computed.loss
@@ -313,10 +313,12 @@ class DLBLoss(nn.Module):
         if cache is None or m == 0:
             return Lesson(None, 0, None, None, None, fresh)
         if ids is not None and cache.ids is not None:
-            rows = match_rows(ids[:m], cache.ids)
-            return Lesson(cache.logits, m, rows, None, cache.valid, fresh)
-        taught = min(m, cache.labels.shape[0])
-        return Lesson(cache.logits[:taught], taught, None, cache.labels, cache.valid, fresh)
+            teacher_rows = match_rows(ids[:m], cache.ids)
+            return Lesson(cache.logits, m, teacher_rows, None, cache.valid, fresh)
+        last_logits, rows = cache.logits, cache.labels.shape[0]
+        if m < rows:
+            last_logits = last_logits[:m]
+        return Lesson(last_logits, min(m, rows), None, cache.labels, cache.valid, fresh)
 
     def _teacher(self, logits: Tensor) -> Cache | None:
         """The cache of `lag` calls ago, if it can teach these logits; else it is dropped with a
@@ -370,7 +372,12 @@ class DLBLoss(nn.Module):
         return pair
 
     def _remember(
-        self, computed: Computed, logits: Tensor, ids: Tensor | None, lesson: Lesson, commit: bool
+        self,
+        computed: LossOutputs,
+        logits: Tensor,
+        ids: Tensor | None,
+        lesson: Lesson,
+        commit: bool,
     ) -> None:
         if not self.capturable:
             self._pending[:] = [self._new_cache(computed, logits, ids, lesson.fresh)]
@@ -380,9 +387,9 @@ class DLBLoss(nn.Module):
             self._watch.look(self._stats, lesson.teacher_rows is not None)
 
     def _new_cache(
-        self, computed: Computed, logits: Tensor, ids: Tensor | None, fresh: int
+        self, computed: LossOutputs, logits: Tensor, ids: Tensor | None, fresh: int
     ) -> Cache | None:
-        _, _, kept, labels, valid = computed
+        *_, kept, labels, valid = computed
         if labels is None or valid is None:  # no fresh row
             return None
         ids = None if ids is None else ids[-fresh:].clone()
@@ -401,9 +408,10 @@ class DLBLoss(nn.Module):
     def parts(self) -> DLBParts:
         """The parts of the last call's loss, all detached. Raises RuntimeError before the first
         call."""
-        if self._last is None:
+        if not self._last:
             raise RuntimeError("DLBLoss.parts: there was no call yet")
-        return DLBParts(self._last[0], *self._last[1].unbind())
+        loss, parts = self._last
+        return DLBParts(loss, *parts.unbind())
 
     def stats(self) -> ChainStats:
         """Counts of overlap rows so far. Waits for the device."""

@@ -24,6 +24,12 @@ except ImportError as error:  # not built, or built for another Python or C++ li
     _missing = str(error)
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# loss and parts; empty_like is the cheapest way to a new tensor.
+_SCALARS = {
+    dtype: (torch.empty((), dtype=real), torch.empty(4, dtype=real))
+    for dtype in _DTYPES
+    for real in [torch.float64 if dtype == torch.float64 else torch.float32]
+}
 _pack = struct.Struct("@8q19Q3d6i").pack
 
 
@@ -42,22 +48,21 @@ def why_not(logits: Tensor) -> str | None:
 
 def forward(args: LossArgs) -> LossOutputs:
     logits, fresh = args.logits, args.fresh
-    real = torch.float64 if logits.dtype is torch.float64 else torch.float32
-    loss = logits.new_empty((), dtype=real)
-    parts = logits.new_empty(4, dtype=real)
+    loss_like, parts_like = _SCALARS[logits.dtype]
+    loss, parts = torch.empty_like(loss_like), torch.empty_like(parts_like)
     dlogits = next_logits = next_labels = next_valid = None
     if args.need_grad:
-        dlogits = logits.detach() if args.inplace else logits.new_empty(logits.shape)
+        dlogits = logits.detach() if args.inplace else _empty_rows(logits)
     if fresh:
-        next_labels = logits.new_empty(fresh, dtype=torch.int64)
-        next_valid = logits.new_empty(fresh, dtype=torch.uint8)
+        next_labels = args.labels.new_empty(fresh)
+        next_valid = torch.empty(fresh, dtype=torch.uint8)
         if args.copy_logits:
             next_logits = logits.new_empty((fresh, logits.shape[1]))
     scale: Tensor | None = None  # is 1
     if isinstance(args.grad_scale, Tensor):
         scale = args.grad_scale
     elif args.grad_scale != 1:
-        scale = torch.tensor(args.grad_scale, dtype=real, device=logits.device)
+        scale = loss.new_full((), args.grad_scale)
     new = (loss, parts, dlogits, next_logits, next_labels, next_valid)
     _call(args, args.ce_count, args.kl_count, scale, (*new, args.stats), fresh)
     return LossOutputs(*new)
@@ -65,11 +70,16 @@ def forward(args: LossArgs) -> LossOutputs:
 
 def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | None) -> Tensor:
     if dlogits is None:
-        dlogits = args.logits.new_empty(args.logits.shape)
+        dlogits = _empty_rows(args.logits)
     elif _same(dloss, args.grad_scale):
         return dlogits
     _call(args, parts[2], parts[3], dloss, (None, None, dlogits, None, None, None, None), 0)
     return dlogits
+
+
+def _empty_rows(logits: Tensor) -> Tensor:
+    """(B, C) like logits, contiguous."""
+    return torch.empty_like(logits) if logits.is_contiguous() else logits.new_empty(logits.shape)
 
 
 def rescale_(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> None:
@@ -90,51 +100,36 @@ def _call(
     outputs: tuple[Tensor | None, ...],
     fresh: int,
 ) -> None:
+    """Fills `outputs`: loss, parts, dlogits, next_logits, next_labels, next_valid, stats."""
     assert _kernel is not None
-    logits, last, dlogits = args.logits, args.last_logits, outputs[2]
-    B, C = logits.shape
-    temperature, alpha = args.temperature, args.alpha
-    temperatures = temperature if isinstance(temperature, Tensor) else None
+    logits, labels, last, overlap, *rows, weight, ignore_index, smoothing, tau, alpha = args[:12]
+    taus = tau if isinstance(tau, Tensor) else None
     alphas = alpha if isinstance(alpha, Tensor) else None
-    inputs = (
-        logits,
-        args.labels,
-        last,
-        args.teacher_rows,
-        args.last_labels,
-        args.last_valid,
-        args.weight,
-        temperatures,
-        alphas,
-        ce_count,
-        kl_count,
-        grad_scale,
+    dlogits = outputs[2]
+    tensors = (logits, labels, last, *rows, weight, taus, alphas, ce_count, kl_count, grad_scale)
+    packed = _pack(
+        *logits.shape,
+        overlap,
+        fresh,
+        logits.stride(0),
+        0 if last is None else last.stride(0),
+        0 if dlogits is None else dlogits.stride(0),
+        ignore_index,
+        *[0 if x is None else x.data_ptr() for x in tensors],
+        *[0 if x is None else x.data_ptr() for x in outputs],
+        tau if taus is None else 0.0,
+        alpha if alphas is None else 0.0,
+        smoothing,
+        _DTYPES[logits.dtype],
+        0 if last is None else _DTYPES[last.dtype],
+        0 if taus is None else taus.dim(),
+        0 if alphas is None else alphas.dim(),
+        torch.get_num_threads(),
+        0,
     )
-    bad_row = _kernel.loss(
-        _pack(
-            B,
-            C,
-            args.overlap,
-            fresh,
-            logits.stride(0),
-            0 if last is None else last.stride(0),
-            C if dlogits is None else dlogits.stride(0),
-            args.ignore_index,
-            *[0 if x is None else x.data_ptr() for x in inputs],
-            *[0 if x is None else x.data_ptr() for x in outputs],
-            0.0 if temperatures is not None else temperature,
-            0.0 if alphas is not None else alpha,
-            args.label_smoothing,
-            _DTYPES[logits.dtype],
-            0 if last is None else _DTYPES[last.dtype],
-            0 if temperatures is None else temperatures.dim(),
-            0 if alphas is None else alphas.dim(),
-            torch.get_num_threads(),
-            0,
-        )
-    )
+    bad_row = _kernel.loss(packed)
     if bad_row == _kernel.NO_MEMORY:
         raise MemoryError("dlb_loss: no memory for the working buffers of the CPU kernel")
     if bad_row != _kernel.DONE:
-        label = int(args.labels[bad_row])
-        raise IndexError(label_out_of_range(bad_row, label, C, args.ignore_index))
+        label = int(labels[bad_row])
+        raise IndexError(label_out_of_range(bad_row, label, logits.shape[1], ignore_index))
