@@ -22,6 +22,13 @@ dlb_fused.dlb_loss(z, labels, torch.randn(4, 5), backend="cpu").backward()
 print(dlb_fused.__file__, z.grad.isfinite().all().item())
 """
 
+# `python -m dlb_fused` without the finder of an editable install, which would lend its _cpu.
+MAIN = """
+import runpy, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+runpy.run_module("dlb_fused", run_name="__main__")
+"""
+
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
@@ -79,7 +86,8 @@ def test_without_a_compiler_the_package_installs_and_says_so(tmp_path: Path) -> 
     ignore = shutil.ignore_patterns(".*", "build", "demo", "*.so", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=ignore)
     run(*pip, tmp_path / "site", source, cwd=tmp_path, **environment)
-    out = run("-m", "dlb_fused", cwd=tmp_path, **environment)
+    assert not list((tmp_path / "site").rglob("_cpu*"))
+    out = run("-c", MAIN, cwd=tmp_path, **environment)
     assert "cpu     no: " in out and "eager   available" in out
 
 
