@@ -10,6 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch
 BIN := .venv/bin
 
+.NOTPARALLEL:
 .PHONY: demo test check bench clean
 
 demo: .venv/demo
@@ -23,7 +24,7 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: .venv/test
 	$(BIN)/python benchmarks/bench_loss.py

@@ -18,6 +18,7 @@ from torch.autograd import Function
 
 from dlb_fused import backends
 from dlb_fused.backends import LossArgs, LossOutputs
+from dlb_fused.checks import check_values
 
 
 def compute(args: LossArgs, backend: str) -> LossOutputs:
@@ -25,6 +26,11 @@ def compute(args: LossArgs, backend: str) -> LossOutputs:
     and `dlogits` is None, since autograd holds it."""
     if torch.compiler.is_compiling():
         return _compute_compiled(args, backend)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "dlb_loss cannot be used inside torch.func transforms (vmap, grad, jvp, ...): use "
+            "dlb_fused.reference.dlb_loss_naive there"
+        )
     module = backends.choose(backend, args.logits)
     if not args.need_grad:
         return module.forward(args)  # type: ignore[no-any-return]
@@ -51,11 +57,13 @@ class DLBLossFunction(Function):
             teacher = pair.logits
             torch.autograd.graph.increment_version(teacher)
         # Saved, and not kept on ctx: backward frees what is saved, so the gradient can be handed on
-        # without a clone, and a later write into logits, labels or the teacher's logits is found.
+        # without a clone, and a later write into what it reads is found.
         ctx.inference_teacher = None
         if teacher is not None and teacher.is_inference():  # autograd refuses to save these
             ctx.inference_teacher, teacher = teacher, None
-        ctx.save_for_backward(logits, args.labels, teacher, out.parts, out.dlogits)
+        options = (args.weight, args.temperature, args.alpha, args.grad_scale)
+        read = [x for x in options if isinstance(x, Tensor)]
+        ctx.save_for_backward(logits, args.labels, teacher, out.parts, out.dlogits, *read)
         ctx.rest, ctx.module, ctx.grad_scale, ctx.used = args[3:], module, args.grad_scale, False
         return out.loss
 
@@ -70,7 +78,7 @@ class DLBLossFunction(Function):
 
 
 def _backward(ctx: Any, dloss: Tensor) -> Tensor:
-    logits, labels, teacher, parts, dlogits = ctx.saved_tensors
+    logits, labels, teacher, parts, dlogits, *_ = ctx.saved_tensors
     # The first backward gives the stored buffer away, with a version counter of its own: whatever
     # the caller then does with it must not stop a second backward.
     stored = None if ctx.used else dlogits.data
@@ -179,6 +187,8 @@ def _args_of(*settings: Any) -> tuple[LossArgs, str]:
 
 def _loss(*settings: Any) -> tuple[Tensor, ...]:
     args, backend = _args_of(*settings)
+    for name in ("temperature", "alpha"):  # while tracing there was no value to look at
+        check_values(name, getattr(args, name))
     stats = args.labels.new_zeros(3)
     out = backends.choose(backend, args.logits).forward(args._replace(stats=stats))
     absent = args.logits.new_empty(0)
@@ -216,6 +226,7 @@ def _loss_gradient_meta(dloss: Tensor, parts: Tensor, *settings: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[1], *(x for x in inputs if isinstance(x, Tensor)))
     ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
 

@@ -43,8 +43,16 @@ class Cache(NamedTuple):
             None,
         )
 
+    def owned(self) -> Cache:
+        """The same without a view of the caller's tensor."""
+        return (
+            self
+            if self.version is None
+            else self._replace(logits=self.logits.clone(), version=None)
+        )
+
     def state(self) -> dict[str, Tensor | None]:
-        return {name: getattr(self, name) for name in ("logits", "labels", "valid", "ids")}
+        return {name: getattr(self.owned(), name) for name in ("logits", "labels", "valid", "ids")}
 
 
 def match_rows(ids: Tensor, last_ids: Tensor) -> Tensor:
@@ -118,8 +126,8 @@ class ChainWatch:
 
     EVERY = 64  # calls between two copies from a GPU, after the first few (calls 2, 4, 8, ...)
 
-    def __init__(self) -> None:
-        self.warned = False
+    def __init__(self, warned: bool = False) -> None:
+        self.warned = warned
         self._calls = 0
         self._seen = (0, 0)
         self._copy: Tensor | None = None

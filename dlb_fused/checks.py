@@ -16,6 +16,8 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
         bad, name = (labels, "labels") if isinstance(logits, Tensor) else (logits, "logits")
         raise TypeError(f"{name} must be a tensor, got {type(bad).__name__}")
+    check_plain("logits", logits)
+    check_plain("labels", labels)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must have shape (B, C) with C > 0, got {tuple(logits.shape)}")
     if logits.dtype not in DTYPES:
@@ -35,6 +37,7 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
 def check_last_logits(last_logits: Tensor, logits: Tensor) -> Tensor:
     if not isinstance(last_logits, Tensor):
         raise TypeError(f"last_logits must be a tensor, got {type(last_logits).__name__}")
+    check_plain("last_logits", last_logits)
     if last_logits.dim() != 2:
         hint = "; did you mean weight=?" if last_logits.dim() == 1 else ""
         raise ValueError(
@@ -64,7 +67,8 @@ def check_last_logits(last_logits: Tensor, logits: Tensor) -> Tensor:
 def check_ids(ids: Tensor, logits: Tensor) -> None:
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         came = dtype_name(ids) if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"ids must be an int64 tensor, got {came}")
+        hint = "; the cache is DLBLoss's own, for another teacher's logits use dlb_loss"
+        raise TypeError(f"ids must be an int64 tensor, got {came}{hint}")
     if ids.shape != logits.shape[:1]:
         raise ValueError(
             f"ids must have shape ({len(logits)},), one for each row of logits, "
@@ -128,24 +132,39 @@ def check_label_smoothing(label_smoothing: float) -> float:
 
 def check_setting(name: str, value: float | Tensor, logits: Tensor, m: int) -> float | Tensor:
     """temperature or alpha: a float, or a tensor of logits' real dtype and of shape () or (m,)."""
-    low = "> 0" if name == "temperature" else ">= 0"
-    if isinstance(value, Tensor):
-        if value.dim() > 1 or (value.dim() == 1 and len(value) != m):
-            raise ValueError(
-                f"{name} must be a float, a 0-dim tensor, or a tensor of shape ({m},), one for "
-                f"each overlap row; got shape {tuple(value.shape)}"
-            )
-        check_constant(name, value, logits)
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
-            good = value.isfinite() & (value > 0 if name == "temperature" else value >= 0)
-            if not good.all():
-                raise ValueError(f"{name} must be finite and {low}, got {value[~good][0].item()}")
-        return value.to(real_dtype(logits)).contiguous()
+    if not isinstance(value, Tensor):
+        return check_number(name, value)
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != m):
+        raise ValueError(
+            f"{name} must be a float, a 0-dim tensor, or a tensor of shape ({m},), one for "
+            f"each overlap row; got shape {tuple(value.shape)}"
+        )
+    check_constant(name, value, logits)
+    if not torch.compiler.is_compiling():
+        check_values(name, value)
+    return value.to(real_dtype(logits)).contiguous()
+
+
+def check_number(name: str, value: float) -> float:
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
     if not (0 < value < math.inf or (value == 0 and name == "alpha")):
-        raise ValueError(f"{name} must be finite and {low}, got {value}")
+        raise ValueError(f"{name} must be finite and {lower_bound(name)}, got {value}")
     return float(value)
+
+
+def check_values(name: str, value: float | Tensor) -> None:
+    """Of a temperature or alpha tensor, where to look costs no sync."""
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        good = value.isfinite() & (value > 0 if name == "temperature" else value >= 0)
+        if not good.all():
+            raise ValueError(
+                f"{name} must be finite and {lower_bound(name)}, got {value[~good][0].item()}"
+            )
+
+
+def lower_bound(name: str) -> str:
+    return "> 0" if name == "temperature" else ">= 0"
 
 
 def check_grad_scale(grad_scale: float | Tensor, logits: Tensor) -> float | Tensor:
@@ -171,21 +190,28 @@ def check_normalizer(
     counts = []
     for name, count in zip(("ce_count", "kl_count"), normalizer, strict=True):
         if not isinstance(count, Tensor):
+            if not isinstance(count, (int, float)) or not 0 <= count < math.inf:
+                raise ValueError(f"{name} of normalizer must be finite and >= 0, got {count!r}")
             count = logits.new_full((), count, dtype=real_dtype(logits))
         if count.dim() != 0:
             raise ValueError(
                 f"{name} of normalizer must be a 0-dim tensor, got shape {tuple(count.shape)}"
             )
+        if count.requires_grad:
+            raise ValueError(f"{name} of normalizer requires grad: pass it detached")
         check_device(f"{name} of normalizer", count, logits)
-        counts.append(count.detach().to(real_dtype(logits)))
+        counts.append(count.to(real_dtype(logits)))
     return tuple(counts)
 
 
-def check_inplace(logits: Tensor, rows: Tensor, last_logits: Tensor | None) -> None:
-    """`rows` is what `rows_contiguous` made of the logits."""
+def check_inplace(
+    logits: Tensor, rows: Tensor, last_logits: Tensor | None, grad_scale: float | Tensor
+) -> None:
+    """`rows` is what `rows_contiguous` made of the logits, which are about to be overwritten."""
     if torch.compiler.is_compiling():
         raise RuntimeError("inplace=True cannot be used under torch.compile")
-    if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+    base = logits._base if logits._is_view() else logits
+    if base is not None and base.is_leaf and base.requires_grad:
         raise RuntimeError("inplace=True would overwrite a leaf that requires grad")
     if rows is not logits:
         raise RuntimeError("inplace=True needs logits whose last stride is 1")
@@ -193,6 +219,21 @@ def check_inplace(logits: Tensor, rows: Tensor, last_logits: Tensor | None) -> N
         raise RuntimeError("inplace=True needs logits whose rows do not share memory")
     if last_logits is not None and share_memory(logits, last_logits):
         raise RuntimeError("inplace=True would overwrite last_logits, which share their memory")
+    if not isinstance(grad_scale, Tensor) and grad_scale == 0:
+        raise ValueError("grad_scale=0 leaves no gradient that inplace=True could scale")
+
+
+def check_plain(name: str, value: Tensor) -> None:
+    """Kernels read memory: a tensor that only stands for others (DTensor, FakeTensor) has none."""
+    if type(value) is Tensor or type(value) is torch.nn.Parameter:
+        return
+    if torch.compiler.is_compiling():
+        return
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{name} must be a plain tensor, got {type(value).__name__}; of a DTensor pass the "
+            "local one"
+        )
 
 
 def check_constant(name: str, value: Tensor, logits: Tensor) -> None:

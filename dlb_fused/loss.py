@@ -22,9 +22,12 @@ from dlb_fused.cache import (
 )
 from dlb_fused.checks import (
     check_ids,
+    check_ignore_index,
     check_inplace,
+    check_label_smoothing,
     check_last_logits,
     check_logits,
+    check_number,
     check_options,
     rows_contiguous,
 )
@@ -123,8 +126,8 @@ def dlb_loss(
     )
     need_grad = logits.requires_grad and torch.is_grad_enabled()
     rows = rows_contiguous(logits)
-    if inplace:
-        check_inplace(logits, rows, last_logits)
+    if inplace and need_grad:
+        check_inplace(logits, rows, last_logits, options[-1])
     teacher = (last_logits, m, None, None, None)
     gradient = (need_grad, inplace and need_grad)
     args = LossArgs(*(rows, labels.contiguous(), *teacher, *options, *gradient))
@@ -146,6 +149,15 @@ class Lesson(NamedTuple):
     last_valid: Tensor | None
     fresh: int
     pair: CachePair | None = None
+
+
+def row_setting(value: float | Tensor, lesson: Lesson, overlap: int | None) -> float | Tensor:
+    """temperature or alpha for the rows that are taught: of one value a row, those of them."""
+    if not isinstance(value, Tensor) or value.dim() != 1:
+        return value
+    if lesson.overlap == 0:
+        return 1.0  # nobody reads it
+    return value[: lesson.overlap] if value.shape[0] == overlap else value
 
 
 NO_LESSON = Lesson(None, 0, None, None, None, 0)
@@ -219,6 +231,13 @@ class DLBLoss(nn.Module):
             raise ValueError("capturable=True needs keep='copy' and lag=1")
         if backend != "auto":
             backends.load(backend)
+        for name, value in (("temperature", temperature), ("alpha", alpha)):
+            if not isinstance(value, Tensor):
+                check_number(name, value)
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+        check_ignore_index(ignore_index)
+        check_label_smoothing(label_smoothing)
         self.temperature, self.alpha = temperature, alpha
         self.weight: Tensor | None
         self.register_buffer("weight", weight)
@@ -264,22 +283,28 @@ class DLBLoss(nn.Module):
         if ids is not None:
             check_ids(ids, logits)
         training = self.training and torch.is_grad_enabled() and logits.requires_grad
-        lesson = self._lesson(logits, ids, overlap) if training else NO_LESSON
+        if self.training:
+            refuse_export()
+        lesson = NO_LESSON
+        if training:
+            refuse_recomputation()
+            self._refuse_commit(commit)
+            lesson = self._lesson(logits, ids, overlap)
         options = check_options(
             logits,
             lesson.overlap,
             self.weight,
             self.ignore_index,
             self.label_smoothing,
-            self.temperature if temperature is None else temperature,
-            self.alpha if alpha is None else alpha,
+            row_setting(self.temperature if temperature is None else temperature, lesson, overlap),
+            row_setting(self.alpha if alpha is None else alpha, lesson, overlap),
             self.normalizer,
             self.grad_scale,
         )
         rows = rows_contiguous(logits)
-        if self.inplace:
-            check_inplace(logits, rows, lesson.last_logits)
         need_grad = logits.requires_grad and torch.is_grad_enabled()
+        if self.inplace and need_grad:
+            check_inplace(logits, rows, lesson.last_logits, options[-1])
         gradient = (need_grad, self.inplace and need_grad)
         keep = (lesson.fresh, self.keep == "copy", self._stats if training else None, lesson.pair)
         args = LossArgs(*(rows, labels.contiguous(), *lesson[:5], *options, *gradient, *keep))
@@ -291,7 +316,6 @@ class DLBLoss(nn.Module):
 
     def _lesson(self, logits: Tensor, ids: Tensor | None, overlap: int | None) -> Lesson:
         """Which rows are taught by which of the cache, and how many are fresh."""
-        refuse_export()
         if self._stats is None or self._stats.device != logits.device:
             self._stats = torch.zeros(3, dtype=torch.int64, device=logits.device)
         B = logits.shape[0]
@@ -301,6 +325,8 @@ class DLBLoss(nn.Module):
             return self._static_lesson(logits, ids, overlap)
         refuse_capture(logits)
         cache = self._teacher(logits)
+        if self.keep == "view" and torch.compiler.is_compiling():
+            raise RuntimeError("keep='view' cannot be used under torch.compile: use keep='copy'")
         m = overlap if overlap is not None else (0 if cache is None else cache.labels.shape[0])
         if m > B:
             raise ValueError(
@@ -328,6 +354,8 @@ class DLBLoss(nn.Module):
             if (rank, world) != rank_and_world():
                 self._drop(f"it was written by rank {rank} of {world}")
             self._written_by = None
+            if any(c is not None and c.labels.shape[0] > logits.shape[0] for c in self._caches):
+                self._drop(f"it has more rows than the {logits.shape[0]} of this batch")
         cache = self._caches[0] if len(self._caches) == self.lag else None
         if cache is None:
             return None
@@ -339,6 +367,8 @@ class DLBLoss(nn.Module):
 
     def _drop(self, why: str) -> None:
         self._caches.clear()
+        if torch.compiler.is_compiling():  # which cannot trace a warning
+            return
         warnings.warn(f"DLBLoss drops its cache: {why}", RuntimeWarning, stacklevel=7)
 
     def _static_lesson(self, logits: Tensor, ids: Tensor | None, overlap: int | None) -> Lesson:
@@ -415,6 +445,8 @@ class DLBLoss(nn.Module):
 
     def stats(self) -> ChainStats:
         """Counts of overlap rows so far. Waits for the device."""
+        if self._stats is not None:  # compiled steps leave the warning to this
+            self._watch.look(self._stats.cpu(), False)
         return ChainStats(*(self._stats.tolist() if self._stats is not None else (0, 0, 0)))
 
     def reset(self) -> None:
@@ -422,10 +454,22 @@ class DLBLoss(nn.Module):
         self._caches.clear()
         self._pending.clear()
         self._written_by = None
-        for counts in (self._stats, self._pair and self._pair.valid):
-            if counts is not None:
-                counts.zero_()
-        self._watch = ChainWatch()
+        if self._stats is not None:
+            self._stats.zero_()
+        if self._pair is not None:
+            self._pair.valid.zero_()
+            # A backward still to come would find no teacher: now autograd says so.
+            torch.autograd.graph.increment_version(self._pair.logits)
+        self._watch = ChainWatch(self._watch.warned)
+
+    def _refuse_commit(self, commit: bool) -> None:
+        if not commit and (self.capturable or self.lag > 1):
+            raise ValueError("commit=False needs lag=1 and capturable=False")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles own their cache."""
+        caches = [cache and cache.owned() for cache in self._caches]
+        return {**self.__dict__, "_caches": caches}
 
     def get_extra_state(self) -> dict[str, Any]:
         caches = self._caches
@@ -456,6 +500,15 @@ def refuse_export() -> None:
         raise RuntimeError(
             "a DLBLoss in training mode cannot be exported: the graph would hold the first step's "
             "cache for ever; export dlb_loss, or call eval() first"
+        )
+
+
+def refuse_recomputation() -> None:
+    """Activation checkpointing runs its region again in backward, when the cache has moved on."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "DLBLoss was called inside backward: keep it outside of the region that "
+            "torch.utils.checkpoint computes again"
         )
 
 

@@ -72,23 +72,22 @@ def why_not(logits: Tensor) -> str | None:
 @torch.no_grad()
 def forward(args: LossArgs) -> LossOutputs:
     rows = _rows(args)
+    sums = _sums(args, rows)
     counts = _counts(args, rows)
-    ce_i, kl_i = _row_losses(args, rows)
-    ce_inv, kl_inv = (_inverse(n) for n in counts)
-    ce, kl = ce_i.sum() * ce_inv, kl_i.sum() * kl_inv
-    distill = torch.where(
-        rows.alpha == 0, 0, rows.alpha * rows.temperature**2 * kl_i
-    )  # 0 · inf is 0
-    loss = ce + distill.sum() * kl_inv
-    dlogits = _gradient(args, rows, ce_inv, kl_inv, args.grad_scale) if args.need_grad else None
+    ce_i, kl_i = _row_losses(args, rows, sums)
+    distil_i = torch.where(rows.alpha == 0, 0, rows.alpha * rows.temperature**2 * kl_i)
+    ce, kl, distil = (
+        torch.where(count <= 0, 0, loss_i.sum() / count)
+        for loss_i, count in ((ce_i, counts[0]), (kl_i, counts[1]), (distil_i, counts[1]))
+    )
+    dlogits = _gradient(args, rows, sums, counts, args.grad_scale) if args.need_grad else None
     next_logits, next_labels, next_valid = _next_cache(args)
     if args.stats is not None:
         args.stats.add_(torch.stack(rows.stats))
     if dlogits is not None and args.inplace:
         dlogits = args.logits.detach().copy_(dlogits)
-    return LossOutputs(
-        loss, torch.stack((ce, kl, *counts)), dlogits, next_logits, next_labels, next_valid
-    )
+    parts = torch.stack((ce, kl, *counts))
+    return LossOutputs(ce + distil, parts, dlogits, next_logits, next_labels, next_valid)
 
 
 @torch.no_grad()
@@ -96,8 +95,8 @@ def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | Non
     if dlogits is not None and dloss.device.type == "cpu" and dloss == args.grad_scale:
         return dlogits
     rows = _rows(args)
-    rows = rows._replace(taught=rows.taught & (parts[3] > 0))
-    return _gradient(args, rows, _inverse(parts[2]), _inverse(parts[3]), dloss)
+    rows = rows._replace(taught=rows.taught & ~(parts[3] <= 0))
+    return _gradient(args, rows, _sums(args, rows), (parts[2], parts[3]), dloss)
 
 
 @torch.no_grad()
@@ -188,8 +187,29 @@ def _counts(args: LossArgs, rows: _Rows) -> tuple[Tensor, Tensor]:
     return ce_count, kl_count
 
 
-def _inverse(count: Tensor) -> Tensor:
-    return torch.where(count > 0, 1 / count, 0)
+class _Sums(NamedTuple):
+    """Exponentials and their sums, of (1) and (3)"""
+
+    x: Tensor  # (B, C)
+    e: Tensor  # (B, C) exp(x)
+    S: Tensor  # (B, 1)
+    other: Tensor  # (B, 1)
+    u: Tensor  # (m, C)
+    e_student: Tensor  # (m, C) exp(x/τ)
+    St: Tensor  # (m, 1)
+    e_teacher: Tensor  # (m, C) exp(u/τ)
+    T: Tensor  # (m, 1)
+
+
+def _sums(args: LossArgs, rows: _Rows) -> _Sums:
+    x = rows.z - rows.z.amax(1, keepdim=True)
+    e = x.exp()
+    other = e.scatter(1, rows.labels[:, None], 0).sum(1, keepdim=True)
+    tau = rows.temperature.expand(args.overlap)[:, None]
+    u = rows.teacher - rows.teacher.amax(1, keepdim=True)
+    e_student, e_teacher = (x[: args.overlap] / tau).exp(), (u / tau).exp()
+    S, St, T = (v.sum(1, keepdim=True) for v in (e, e_student, e_teacher))
+    return _Sums(x, e, S, other, u, e_student, St, e_teacher, T)
 
 
 def _target(args: LossArgs, rows: _Rows) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -206,10 +226,9 @@ def _target(args: LossArgs, rows: _Rows) -> tuple[Tensor, Tensor, Tensor | float
     )
 
 
-def _row_losses(args: LossArgs, rows: _Rows) -> tuple[Tensor, Tensor]:
+def _row_losses(args: LossArgs, rows: _Rows, sums: _Sums) -> tuple[Tensor, Tensor]:
     """(B,) ce_i of (2) and (m,) kl_i of (3); 0 where a row has none."""
-    x = rows.z - rows.z.amax(1, keepdim=True)
-    log_s = x.exp().sum(1).log()
+    x, log_s = sums.x, sums.S[:, 0].log()
     t_y, rest, smooth = _target(args, rows)
     x_y = x.gather(1, rows.labels[:, None])[:, 0]
     ce = (t_y + rest) * log_s - torch.where(t_y == 0, 0, t_y * x_y)
@@ -220,15 +239,13 @@ def _row_losses(args: LossArgs, rows: _Rows) -> tuple[Tensor, Tensor]:
     ce = torch.where(rows.bad, torch.nan, torch.where(rows.valid, ce, 0))
 
     m = args.overlap
-    tau = rows.temperature.expand(m)[:, None]
-    x, u = x[:m], rows.teacher - rows.teacher.amax(1, keepdim=True)
-    e = (u / tau).exp()
-    # A class that the student rules out and the teacher does not costs +inf, also where e
+    # A class that the student rules out and the teacher does not costs +inf, also where its weight
     # underflows to 0.
-    gap = torch.where(u == -torch.inf, 0, torch.where(x == -torch.inf, torch.inf, u - x))
-    e_gap = torch.where(gap == torch.inf, gap, e * gap)
-    T, St = e.sum(1), (x / tau).exp().sum(1)
-    kl = e_gap.sum(1) / T / tau[:, 0] + (St / T).log()
+    gap = torch.where(x[:m] == -torch.inf, torch.inf, sums.u - x[:m])
+    weighted = torch.where(gap == torch.inf, gap, sums.e_teacher * gap)
+    dot = torch.where(sums.u == -torch.inf, 0, weighted).sum(1)
+    T, St = sums.T[:, 0], sums.St[:, 0]
+    kl = dot / T / rows.temperature.expand(m) + (St / T).log()
     kl = torch.where(_bad_settings(rows), torch.nan, kl)
     return ce, torch.where(rows.taught, kl, 0)
 
@@ -241,25 +258,25 @@ def _bad_settings(rows: _Rows) -> Tensor:
 
 
 def _gradient(
-    args: LossArgs, rows: _Rows, ce_inv: Tensor, kl_inv: Tensor, scale: float | Tensor
+    args: LossArgs,
+    rows: _Rows,
+    sums: _Sums,
+    counts: tuple[Tensor, Tensor],
+    scale: float | Tensor,
 ) -> Tensor:
-    """(B, C) like logits: equation (6)."""
-    e = (rows.z - rows.z.amax(1, keepdim=True)).exp()
-    S = e.sum(1, keepdim=True)
+    """(B, C) like logits: equation (6). A count of 0 leaves 0, whatever the row holds."""
     y = rows.labels[:, None]
     t_y, rest, smooth = _target(args, rows)
-    other = e.scatter(1, y, 0).sum(1, keepdim=True)
-    label_term = rest[:, None] * e.gather(1, y) / S - t_y[:, None] * (other / S)
-    dce = ((t_y + rest)[:, None] / S * e - smooth).scatter(1, y, label_term) * ce_inv
+    t_y, rest = t_y[:, None], rest[:, None]
+    label_term = rest * sums.e.gather(1, y) / sums.S - t_y * (sums.other / sums.S)
+    dce = ((t_y + rest) / sums.S * sums.e - smooth).scatter(1, y, label_term) / counts[0]
     dce = torch.where(rows.bad[:, None], torch.nan, dce)
-    dz = torch.where(rows.valid[:, None], dce, 0)
+    dz = torch.where(rows.valid[:, None] & ~(counts[0] <= 0), dce, 0)
 
-    m = args.overlap
-    tau = rows.temperature.expand(m)[:, None]
-    drift = F.softmax(rows.z[:m] / tau, 1) - F.softmax(rows.teacher / tau, 1)
-    drift = torch.where(_bad_settings(rows).expand(m)[:, None], torch.nan, drift)
-    drift = rows.alpha.expand(m)[:, None] * tau * kl_inv * drift
-    dz[:m] += torch.where(rows.taught[:, None], drift, 0)
+    drift = sums.e_student / sums.St - sums.e_teacher / sums.T
+    weight = torch.where(_bad_settings(rows), torch.nan, rows.alpha * rows.temperature / counts[1])
+    drift = weight.expand(args.overlap)[:, None] * drift
+    dz[: args.overlap] += torch.where(rows.taught[:, None] & ~(counts[1] <= 0), drift, 0)
     return (dz * scale).to(args.logits.dtype)
 
 

@@ -80,7 +80,7 @@ def _row_values(x, rows, taught, PER_ROW: tl.constexpr, real: tl.constexpr):
 
 @triton.jit
 def _inverse(count):
-    return tl.where(count > 0, 1.0 / tl.where(count > 0, count, 1.0), 0.0)
+    return tl.where(count <= 0, 0.0, 1.0 / tl.where(count <= 0, 1.0, count))  # NaN stays NaN
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def _step_counts(
     if counts.parts is not None:
         ce = tl.load(counts.parts + 2)
         kl = tl.load(counts.parts + 3)
-        keep = (kl > 0).to(tl.int32)
+        keep = 1 - (kl <= 0).to(tl.int32)
     else:
         if COUNT:
             ce, taught, differs = _count(batch, counts.chunks, size, C, TEACHER, BLOCK, real)
@@ -328,14 +328,14 @@ def _finish(
     if tl.atomic_add(sums.counter, 1, sem="acq_rel") == n - 1:
         tl.atomic_xchg(sums.counter, 0, sem="relaxed")
         ce = _total(sums.scratch, n, BLOCK, real)
-        ce = tl.where(ce_count > 0, ce * _inverse(ce_count), 0.0)
+        ce = tl.where(ce_count <= 0, 0.0, ce * _inverse(ce_count))
         kl = tl.full((), 0, real)
         distil = tl.full((), 0, real)
         if TEACHER:
             kl = _total(sums.scratch + n, n, BLOCK, real)
-            kl = tl.where(kl_count > 0, kl * _inverse(kl_count), 0.0)
+            kl = tl.where(kl_count <= 0, 0.0, kl * _inverse(kl_count))
             distil = _total(sums.scratch + 2 * n, n, BLOCK, real)
-            distil = tl.where(kl_count > 0, distil * _inverse(kl_count), 0.0)
+            distil = tl.where(kl_count <= 0, 0.0, distil * _inverse(kl_count))
         tl.store(sums.loss, ce + distil)
         tl.store(sums.parts, ce)
         tl.store(sums.parts + 1, kl)

@@ -15,6 +15,15 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_sessionstart() -> None:
+    """No run is green for want of what it is about."""
+    logits = torch.empty(1, 1)
+    for backend in ["triton"] if INTERPRETED else ["cpu"]:
+        reason = backends.why_not(backend, logits)
+        if reason is not None:
+            pytest.exit(f"the backend {backend!r} is needed for these tests: {reason}", 1)
+
+
 @pytest.fixture(params=[f"{b}-{d}" for b in backends.BACKENDS for d in DEVICES])
 def backend_device(request: pytest.FixtureRequest) -> tuple[str, str]:
     """Each backend on each device that it can take; the skip reason is the backend's own."""

@@ -16,7 +16,8 @@ from cases import (
     truth,
 )
 
-from dlb_fused import dlb_loss
+from dlb_fused import backends, dlb_loss
+from dlb_fused.backends import LossArgs, LossOutputs
 
 
 def call(x: Inputs, backend: str, **more: object) -> torch.Tensor:
@@ -123,9 +124,18 @@ def test_without_gradient_nothing_but_the_loss_is_written(
 ) -> None:
     backend, device = backend_device
     x = Case("", C=33).make(device)
+    module, outputs = backends.load(backend), []
+    forward = module.forward
+
+    def spy(args: LossArgs) -> LossOutputs:
+        outputs.append(forward(args))
+        return outputs[-1]
+
+    monkeypatch.setattr(module, "forward", spy)
     with torch.no_grad():
         want = call(x, backend)
-    assert not want.requires_grad
+    (out,) = outputs
+    assert not want.requires_grad and out[2:] == (None, None, None, None)
     torch.testing.assert_close(want, call(x, backend).detach())
 
 

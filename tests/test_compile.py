@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -113,6 +114,30 @@ def test_training_step_with_the_module(backend_device: tuple[str, str]) -> None:
 
     got, want = run(True), run(False)
     assert got[0] == pytest.approx(want[0], rel=1e-5) and got[1] == want[1] == (16, 0, 0)
+
+
+def test_parts_are_detached_and_the_criterion_can_be_copied() -> None:
+    criterion = DLBLoss()
+    step = torch.compile(lambda z, y: criterion(z, y), fullgraph=True, backend="aot_eager")
+    z, y = torch.randn(4, 5, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+    step(z, y).backward()
+    assert not any(part.requires_grad for part in criterion.parts)
+    copy.deepcopy(criterion)
+    copy.deepcopy(criterion.state_dict())
+
+
+def test_a_bad_temperature_tensor_is_found_at_run_time() -> None:
+    f = torch.compile(loss_of("auto", temperature=torch.tensor(-3.0)), backend="aot_eager")
+    x = Case("").make()
+    with pytest.raises(ValueError, match=r"temperature must be finite and > 0, got -3.0"):
+        f(x.logits, x.labels, x.last_logits)
+
+
+def test_a_view_as_teacher_is_refused() -> None:
+    criterion = DLBLoss(keep="view")
+    step = torch.compile(lambda z, y: criterion(z, y), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="keep='view' cannot be used under torch"):
+        step(torch.randn(4, 5, requires_grad=True), torch.zeros(4, dtype=torch.int64))
 
 
 def test_export_keeps_the_loss_as_one_node(backend_device: tuple[str, str]) -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
-from dlb_fused import DLBLoss, OverlapBatchSampler
+from dlb_fused import DLBLoss, OverlapBatchSampler, dlb_loss
 from dlb_fused.reference import dlb_loss_naive
 
 
@@ -218,8 +219,7 @@ def test_one_wrong_label_drops_the_step(backend_device: tuple[str, str]) -> None
     y2[2] = (y2[2] + 1) % 5
     with pytest.warns(RuntimeWarning, match="do not continue"):
         loss = criterion(z2, y2)
-        assert criterion.stats() == (0, 1, 3)
-        warnings.warn("do not continue", RuntimeWarning, stacklevel=1)  # a GPU reports later
+        assert criterion.stats() == (0, 1, 3)  # a GPU reports here
     torch.testing.assert_close(loss, F.cross_entropy(z2, y2, reduction="sum") / 8)
     (got,) = torch.autograd.grad(loss, z2, torch.full_like(loss, 2.0))
     (want,) = torch.autograd.grad(F.cross_entropy(z2, y2, reduction="sum") / 4, z2)
@@ -292,6 +292,54 @@ def test_commit_later() -> None:
     torch.testing.assert_close(criterion(z2, y2, commit=False), first)  # the same teacher again
     criterion.commit()
     assert torch.equal(criterion._caches[0].logits, z2.detach()[4:])  # type: ignore[union-attr]
+
+
+def test_commit_later_is_refused_where_it_has_no_meaning() -> None:
+    z, y = batch(4)
+    for options in ({"lag": 2}, {"capturable": True}):
+        with pytest.raises(ValueError, match="commit=False needs lag=1 and capturable=False"):
+            DLBLoss(**options)(z, y, commit=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_in_backward_is_refused(reentrant: bool) -> None:
+    """Activation checkpointing would call the criterion again, when its cache has moved on."""
+    criterion, net = DLBLoss(), nn.Linear(3, 5)
+    x, y = torch.randn(4, 3, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = checkpoint(lambda x: criterion(net(x), y), x, use_reentrant=reentrant)
+        with pytest.raises(RuntimeError, match="DLBLoss was called inside backward"):
+            loss.backward()
+
+
+def test_temperature_for_each_row() -> None:
+    (z1, y1, _), (z2, y2, _) = chain(4, 2)
+    tau, alpha = torch.rand(4) + 1, torch.rand(4)
+    criterion = DLBLoss(temperature=tau)
+    criterion(z1, y1)
+    want = dlb_loss(z2, y2, z1.detach(), temperature=tau, alpha=alpha)
+    torch.testing.assert_close(criterion(z2, y2, alpha=alpha), want)
+    criterion.eval()
+    torch.testing.assert_close(criterion(z2, y2), F.cross_entropy(z2, y2))
+    criterion.train().reset()
+    criterion(z2, y2, overlap=4, alpha=alpha)  # nothing cached yet
+    with pytest.raises(ValueError, match=r"of shape \(4,\), one for each overlap row"):
+        criterion(z2, torch.cat((y2[4:], y2[:4])), alpha=torch.ones(3))
+
+
+def test_a_copy_of_keep_view_owns_its_cache() -> None:
+    (z1, y1, _), (z2, y2, _) = chain(4, 2)
+    criterion = DLBLoss(keep="view")
+    criterion(z1, y1)
+    other, state = copy.deepcopy(criterion), criterion.state_dict()
+    want = dlb_loss_naive(z2, y2, z1.detach().clone())
+    with torch.no_grad():
+        z1.zero_()
+    torch.testing.assert_close(other(z2, y2), want)
+    loaded = DLBLoss()
+    loaded.load_state_dict(state)
+    torch.testing.assert_close(loaded(z2, y2), want)
 
 
 def test_lag_takes_the_teacher_of_several_calls_ago() -> None:
@@ -415,6 +463,10 @@ def test_a_state_of_another_run_is_dropped_with_a_warning() -> None:
     other_rank.set_extra_state({**state, "rank": 1, "world": 2})
     with pytest.warns(RuntimeWarning, match="drops its cache: it was written by rank 1 of 2"):
         other_rank(*batches[0])
+    smaller = DLBLoss()
+    smaller.set_extra_state(state)
+    with pytest.warns(RuntimeWarning, match="it has more rows than the 3 of this batch"):
+        smaller(*(x[:3] for x in batches[0]))
     with pytest.warns(RuntimeWarning, match="it was written with lag=1, this is lag=2"):
         DLBLoss(lag=2).set_extra_state(state)
     with pytest.warns(RuntimeWarning, match="drops its cache: it has 5 classes, logits have 6"):
@@ -448,6 +500,9 @@ def test_the_precision_may_change_between_calls() -> None:
         ({"inplace": True, "keep": "view"}, "overwrites the logits that keep='view' would keep"),
         ({"capturable": True, "lag": 2}, "capturable=True needs keep='copy' and lag=1"),
         ({"backend": "x"}, "backend must be one of"),
+        ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
+        ({"alpha": -1}, "alpha must be finite and >= 0, got -1"),
+        ({"label_smoothing": 9}, "label_smoothing must be in [0, 1], got 9"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
@@ -510,6 +565,14 @@ class TestCapturable:
         losses = [static(z, y) for z, y, _ in chain(4, 3, device=device)]
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             losses[1].backward()
+
+    def test_reset_before_backward_is_refused_not_wrong(self, backend: tuple[str, str]) -> None:
+        name, device = backend
+        static = DLBLoss(capturable=True, backend=name)
+        losses = [static(z, y) for z, y, _ in chain(4, 2, device=device)]
+        static.reset()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (losses[1] * 2).backward()
 
     def test_another_size_is_refused(self, backend: tuple[str, str]) -> None:
         name, device = backend

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cases import Case, fp64_truth, relative_error
+from torch._subclasses import FakeTensorMode
 
+import dlb_fused.loss as loss_module
 from dlb_fused import DLBLoss, backends, dlb_loss
+from dlb_fused.checks import check_options
 
+with FakeTensorMode():
+    FAKE = torch.zeros(4, dtype=torch.int64)
 Z, Y, P = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.randn(2, 3)
 
 BAD = {
@@ -56,6 +64,10 @@ BAD = {
     "ignore_index float": (dict(ignore_index=1.0), TypeError, "ignore_index must be an int, got float"),
     "normalizer one": (dict(normalizer=3.0), TypeError, "normalizer must be a pair (ce_count, kl_count)"),
     "normalizer rank": (dict(normalizer=(torch.ones(2), 1)), ValueError, "ce_count of normalizer must be a 0-dim tensor, got shape (2,)"),
+    "normalizer negative": (dict(normalizer=(-1.0, 1.0)), ValueError, "ce_count of normalizer must be finite and >= 0, got -1.0"),
+    "normalizer text": (dict(normalizer=(1.0, "a")), ValueError, "kl_count of normalizer must be finite and >= 0, got 'a'"),
+    "normalizer learnable": (dict(normalizer=(torch.tensor(1.0, requires_grad=True), 1)), ValueError, "ce_count of normalizer requires grad"),
+    "a FakeTensor": (dict(labels=FAKE), TypeError, "labels must be a plain tensor, got FakeTensor"),
     "grad_scale rank": (dict(grad_scale=torch.ones(2)), ValueError, "grad_scale must be a float or a 0-dim tensor, got shape (2,)"),
     "grad_scale inf": (dict(grad_scale=float("inf")), ValueError, "grad_scale must be finite, got inf"),
     "unknown backend": (dict(backend="cudnn"), ValueError, "backend must be one of ('auto', 'cpu', 'triton', 'eager'), got 'cudnn'"),
@@ -66,12 +78,12 @@ BAD = {
 def test_bad_input(name: str) -> None:
     change, error, message = BAD[name]
     given: dict[str, Any] = {"logits": Z, "labels": Y, "last_logits": P, **change}
-    kept = {k: v.clone() for k, v in given.items() if isinstance(v, torch.Tensor)}
+    kept = {k: v.detach().clone() for k, v in given.items() if isinstance(v, torch.Tensor)}
     with pytest.raises(error, match=re.escape(message)):
-        dlb_loss(given.pop("logits"), given.pop("labels"), given.pop("last_logits"), **given)
+        dlb_loss(**given)
     for key, value in kept.items():
-        if value.device.type == "cpu" and key in given:
-            assert torch.equal(given[key], value)
+        if type(value) is torch.Tensor and value.device.type == "cpu":
+            assert torch.equal(given[key].detach(), value)
 
 
 def test_a_named_backend_runs_or_says_why_not() -> None:
@@ -87,6 +99,7 @@ def test_a_named_backend_runs_or_says_why_not() -> None:
     ("make", "message"),
     [
         (lambda z: z, "inplace=True would overwrite a leaf that requires grad"),
+        (lambda z: z[:4], "inplace=True would overwrite a leaf that requires grad"),
         (
             lambda z: (z * 1).t().contiguous().t(),
             "inplace=True needs logits whose last stride is 1",
@@ -120,6 +133,11 @@ def test_inplace_allows_one_backward() -> None:
         loss.backward()  # type: ignore[union-attr]
 
 
+def test_inplace_needs_a_scale() -> None:
+    with pytest.raises(ValueError, match="grad_scale=0 leaves no gradient"):
+        dlb_loss(Z.clone().requires_grad_() * 1, Y, P, inplace=True, grad_scale=0.0)
+
+
 def test_inplace_without_gradient_writes_nothing() -> None:
     logits = Z.clone()
     dlb_loss(logits, Y, P, inplace=True)
@@ -143,6 +161,63 @@ def test_logits_changed_before_backward_are_found() -> None:
         logits.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["labels", "temperature", "alpha", "weight", "grad_scale"])
+def test_settings_changed_before_backward_are_found(name: str) -> None:
+    """backward computes the gradient again, and would compute it with other settings."""
+    given: dict[str, Any] = {
+        "labels": Y.clone(),
+        "temperature": torch.tensor(2.0),
+        "alpha": torch.tensor(1.0),
+        "weight": torch.ones(3),
+        "grad_scale": torch.tensor(1.0),
+    }
+    changed = given[name]
+    loss = dlb_loss(Z.clone().requires_grad_(), given.pop("labels"), P, **given)
+    changed.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss * 2).backward()  # type: ignore[operator]
+
+
+def test_functional_transforms_are_refused_in_words() -> None:
+    with pytest.raises(RuntimeError, match="cannot be used inside torch"):
+        torch.func.vmap(lambda z: dlb_loss(z, Y, P))(torch.randn(2, 4, 3))
+
+
+def test_a_count_that_is_nan_shows(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", options={"weight": torch.full((10,), torch.nan)}).make(device)
+    assert dlb_loss(x.logits, x.labels, None, backend=backend, **x.options).isnan()  # type: ignore[union-attr]
+    x = Case("", C=5).make(device)
+    counts = (torch.tensor(8.0, device=device), torch.tensor(torch.nan, device=device))
+    loss = dlb_loss(x.logits, x.labels, x.last_logits, normalizer=counts, backend=backend)
+    assert loss.isnan()  # type: ignore[union-attr]
+
+
+def test_auto_warns_once_when_a_gpu_is_left_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dlb_fused import triton_backend
+
+    monkeypatch.setattr(triton_backend, "_MISSING", "triton is not installed (for this test)")
+    monkeypatch.setattr(backends, "_chosen", {})
+    logits: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, is_cuda=True)
+    with pytest.warns(RuntimeWarning, match=r"plain PyTorch operations .*triton is not installed"):
+        assert backends.choose("auto", logits).__name__ == "dlb_fused.reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.choose("auto", logits)
+
+
+def test_fields_follow_one_another() -> None:
+    """`LossArgs` is filled by position from `Lesson` and `check_options`."""
+    fields = backends.LossArgs._fields
+    assert fields[2:7] == loss_module.Lesson._fields[:5]
+    options = [name for name in inspect.signature(check_options).parameters][2:]
+    options[options.index("normalizer") : options.index("normalizer") + 1] = [
+        "ce_count",
+        "kl_count",
+    ]
+    assert list(fields[7:15]) == options
 
 
 def test_teacher_from_inference_mode(backend_device: tuple[str, str]) -> None:

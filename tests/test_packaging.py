@@ -42,6 +42,12 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
+def copy_of_the_repository(to: Path) -> None:
+    """Its sources, and nothing that was built in it."""
+    ignore = shutil.ignore_patterns(".*", "build", "demo", "*.so", "*.egg-info")
+    shutil.copytree(ROOT, to, ignore=ignore)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the unpacked sdist, so that nothing of the repository can help."""
@@ -51,6 +57,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(sdist) as archive:
         archive.extractall(out / "unpacked", filter="data")
     (source,) = (out / "unpacked").iterdir()
+    for needed in (
+        "Makefile",
+        "examples/train_digits.py",
+        "benchmarks/bench_loss.py",
+        "tests/cases.py",
+    ):
+        assert (source / needed).exists()
     run("-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, cwd=out)
     (wheel,) = out.glob("*.whl")
     return wheel
@@ -83,12 +96,19 @@ def test_without_a_compiler_the_package_installs_and_says_so(tmp_path: Path) -> 
     environment = {"CXX": "no-such-compiler", "PYTHONPATH": str(tmp_path / "site")}
     pip = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target")
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".*", "build", "demo", "*.so", "*.egg-info")
-    shutil.copytree(ROOT, source, ignore=ignore)
+    copy_of_the_repository(source)
     run(*pip, tmp_path / "site", source, cwd=tmp_path, **environment)
     assert not list((tmp_path / "site").rglob("_cpu*"))
     out = run("-c", MAIN, cwd=tmp_path, **environment)
     assert "cpu     no: " in out and "eager   available" in out
+
+
+def test_a_compiler_that_fails_does_not_stop_the_installation(tmp_path: Path) -> None:
+    copy_of_the_repository(tmp_path / "source")
+    pip = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target")
+    run(*pip, tmp_path / "site", tmp_path / "source", cwd=tmp_path, CXX="false")
+    assert (tmp_path / "site/dlb_fused/loss.py").exists()
+    assert not list((tmp_path / "site").rglob("_cpu*"))
 
 
 def test_imports_run_one_way() -> None:
