@@ -38,8 +38,8 @@ class OverlapBatchSampler(BatchSampler):
 
     Raises:
         ValueError: a bad argument.
-        TypeError: `len()` or a state in mid-epoch is asked, and `sampler` has no length; an index
-            is not an integer.
+        TypeError: `sampler` is no iterable; `len()` or a state in mid-epoch is asked, and `sampler`
+            has no length; an index is not an integer.
 
     Leaving an epoch early (`break`) and iterating again begins a new epoch, and its chain goes on
     from the last batch that was *drawn*. Loader workers draw ahead of the trainer, so with them
@@ -77,6 +77,8 @@ class OverlapBatchSampler(BatchSampler):
         carry_over: bool = True,
         lag: int = 1,
     ) -> None:
+        if not isinstance(sampler, Iterable):
+            raise TypeError(f"sampler must yield indices, got {type(sampler).__name__}")
         if type(batch_size) is not int or batch_size < 2 or batch_size % 2:
             raise ValueError(
                 "batch_size must be an even int >= 2, since it counts the overlap and the fresh "

@@ -369,6 +369,11 @@ def test_bad_batch_size(batch_size: Any) -> None:
         OverlapBatchSampler(range(8), batch_size)
 
 
+def test_bad_sampler() -> None:
+    with pytest.raises(TypeError, match="sampler must yield indices, got int"):
+        OverlapBatchSampler(5, 4)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("lag", [0, -1, 1.5, True])
 def test_bad_lag(lag: Any) -> None:
     with pytest.raises(ValueError, match="lag must be an int >= 1, got "):
