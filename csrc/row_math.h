@@ -61,5 +61,5 @@ DLB_ROW_MATH R row_label_gradient(const RowSums<R>& s, const RowTarget<R>& t) {
 
 template <class R>
 DLB_ROW_MATH R inverse_count(R count) {
-  return count > 0 ? 1 / count : 0;
+  return count <= 0 ? 0 : 1 / count;  // NaN stays NaN
 }

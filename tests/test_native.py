@@ -5,6 +5,7 @@ What every backend has in common is tested elsewhere.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -257,3 +258,21 @@ def test_why_not_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_missing", "No module named 'dlb_fused._cpu'")
     reason = native.why_not(torch.zeros(1, 1))
     assert "No module named" in reason and "C++ compiler" in reason
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU OpenMP on Linux")
+def test_the_thread_pool_of_torch_is_found() -> None:
+    """Without it all results would be right, and twice as slow."""
+    assert native._kernel is not None and native._kernel.has_thread_pool()
+
+
+def test_confident_rows_keep_their_digits_at_every_level(level: int) -> None:
+    """exp(-40) to 2e-7: the exponent's constant needs more digits than a float has."""
+    z = torch.zeros(4, 20)
+    z[torch.arange(4), torch.arange(4)] = torch.tensor([5.0, 20.0, 40.0, 60.0])
+    out = native.forward(LossArgs(z, torch.arange(4), need_grad=True))
+    wide = z.double()
+    others = wide.scatter(1, torch.arange(4)[:, None], -torch.inf).logsumexp(1)
+    want = -(others - wide.logsumexp(1)).exp() / 4
+    assert out.dlogits is not None
+    assert (out.dlogits.diagonal() / want - 1).abs().max() < 3e-7

@@ -24,6 +24,7 @@ int64_t loss(const py::bytes& packed) {
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("loss", &loss);
+  m.def("has_thread_pool", &dlb_cpu_has_thread_pool);
   m.def("force_level", &dlb_cpu_force_level);
   m.attr("DONE") = kDlbDone;
   m.attr("NO_MEMORY") = kDlbNoMemory;

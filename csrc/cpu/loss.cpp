@@ -23,8 +23,8 @@ namespace {
 constexpr int64_t kStreamBytes = 16 << 20;  // a gradient of this size stays in no cache
 constexpr int64_t kLargePageBytes = 4 << 20;
 constexpr int64_t kChunkElements = 4096;    // of a row range that one thread takes at a time
-constexpr int64_t kRowElements = 128;       // what a row costs besides its elements, as elements
-constexpr int64_t kThreadElements = 32768;  // below this one thread is faster
+constexpr int64_t kRowElements = 80;        // what a row costs besides its elements, as elements
+constexpr int64_t kThreadElements = 20480;  // below this one thread is faster
 
 // ---- instruction set ----
 
@@ -66,15 +66,26 @@ int level() {
 // ---- before the rows ----
 
 int64_t first_bad_label(const DlbArgs& a) {
+  int bad = 0;  // without branches first: usually none is
+  for (int64_t i = 0; i < a.B; ++i)
+    bad |= int(dlb_row_valid(a, i)) & int(uint64_t(a.labels[i]) >= uint64_t(a.C));
+  if (!bad) return -1;
   for (int64_t i = 0; i < a.B; ++i)
     if (dlb_row_valid(a, i) && (a.labels[i] < 0 || a.labels[i] >= a.C)) return i;
   return -1;
 }
 
+int64_t valid_rows(const DlbArgs& a, int64_t end) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < end; ++i) count += dlb_row_valid(a, i);
+  return count;
+}
+
 double valid_count(const DlbArgs& a) {
+  if (!a.weight) return double(valid_rows(a, a.B));
   double count = 0;
   for (int64_t i = 0; i < a.B; ++i)
-    if (dlb_row_valid(a, i)) count += a.weight ? dlb_real(a, a.weight, a.labels[i]) : 1;
+    if (dlb_row_valid(a, i)) count += dlb_real(a, a.weight, a.labels[i]);
   return count;
 }
 
@@ -85,6 +96,10 @@ struct Overlap {
 
 Overlap count_overlap(const DlbArgs& a) {
   Overlap o;
+  if (!a.teacher_rows && !a.last_labels && !a.last_valid) {
+    o.matched = valid_rows(a, a.overlap);
+    return o;
+  }
   for (int64_t i = 0; i < a.overlap; ++i) {
     const int64_t t = dlb_teacher_row(a, i);
     if (a.teacher_rows) o.mismatched += a.teacher_rows[i] < 0;
@@ -155,9 +170,10 @@ int team_size(const DlbArgs& a) {
 }
 
 void run_rows(const DlbJob& job, int threads, size_t scratch_bytes, char* scratch) {
-  const int64_t even = (job.args->B + 8 * threads - 1) / (8 * threads);
-  int64_t chunk = 1 + kChunkElements / job.args->C;
+  const int64_t even = (job.args->B + 4 * threads - 1) / (4 * threads);
+  int64_t chunk = 1 + kChunkElements / (job.args->C + kRowElements);
   if (chunk > even) chunk = even;
+  if (chunk > kDlbBatch / 2) chunk = (chunk + kDlbBatch - 1) / kDlbBatch * kDlbBatch;
   Team team{&job, kLevels[level()], threads == 1 ? job.args->B : chunk, scratch_bytes, scratch};
   if (threads == 1) {
     work(&team);
@@ -178,9 +194,12 @@ void put_real(const DlbArgs& a, void* p, int64_t i, double x) {
 
 double mean_of(const double* rows, int64_t n, double inverse) {
   if (inverse == 0) return 0;
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += rows[i];
-  return sum * inverse;
+  double sum[4] = {};  // each addition waits for the one before
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int k = 0; k < 4; ++k) sum[k] += rows[i + k];
+  for (; i < n; ++i) sum[0] += rows[i];
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) * inverse;
 }
 
 void put_results(const DlbJob& job, double ce_count, double kl_count) {
@@ -219,7 +238,7 @@ int64_t dlb_cpu_loss(const DlbArgs* args) {
   double* rows = reinterpret_cast<double*>(memory.get());
   DlbJob job = {&a, weight_sum(a), inverse_count(ce_count), inverse_count(kl_count)};
   job.grad_scale = a.grad_scale ? dlb_real(a, a.grad_scale, 0) : 1;
-  job.teach = job.kl_inverse > 0;
+  job.teach = job.kl_inverse != 0;
   const int64_t row_bytes = a.C * (a.dtype == DLB_FLOAT64 ? 8 : a.dtype == DLB_FLOAT32 ? 4 : 2);
   job.stream = a.B * row_bytes >= kStreamBytes;
   if (a.dlogits != a.logits) advise_large_pages(a.dlogits, a.B * row_bytes);
@@ -241,6 +260,8 @@ int64_t dlb_cpu_loss(const DlbArgs* args) {
   }
   return kDlbDone;
 }
+
+int dlb_cpu_has_thread_pool() { return gomp_parallel() != nullptr; }
 
 int dlb_cpu_force_level(int level_wanted) {
   const int best = best_level();

@@ -6,7 +6,9 @@
 
 #include "args.h"
 
-constexpr int64_t kDlbBlock = 2048;  // elements of a row that are worked on at a time
+constexpr int64_t kDlbBlock = 2048;          // elements of a row that are worked on at a time
+constexpr int kDlbBatch = 8;                 // rows of few classes that are worked on together
+constexpr int64_t kDlbShortElements = 2048;  // of a batch of short rows, in each of its buffers
 
 struct DlbJob {
   const DlbArgs* args;
@@ -34,12 +36,19 @@ inline int64_t dlb_teacher_row(const DlbArgs& a, int64_t i) {
   return t >= 0 && (!a.last_valid || a.last_valid[t]) ? t : -1;
 }
 
-// Bytes of working memory that one thread needs, enough for vectors of 64 bytes.
-inline size_t dlb_scratch_bytes(const DlbArgs& a) {
+// Bytes of working memory for one row at a time, enough for vectors of 64 bytes.
+inline size_t dlb_row_scratch_bytes(const DlbArgs& a) {
   const int64_t real = a.dtype == DLB_FLOAT64 ? 8 : 4;
   const int64_t row = a.dlogits ? a.C : kDlbBlock;
   const int64_t blocks = 2 * (kDlbBlock * real + 64), rows = 3 * (row * real + 192);
   return size_t(blocks + rows + (a.C / kDlbBlock + 1) * 24 + 63) / 64 * 64;
+}
+
+// What one thread needs: that, and two batches of short rows (at most one block long).
+inline size_t dlb_scratch_bytes(const DlbArgs& a) {
+  if (a.C > kDlbBlock) return dlb_row_scratch_bytes(a);
+  const int64_t real = a.dtype == DLB_FLOAT64 ? 8 : 4;
+  return dlb_row_scratch_bytes(a) + size_t(2 * 3 * kDlbShortElements * real);
 }
 
 // Rows [begin, end) of the job. `scratch` is aligned to 64 bytes.
