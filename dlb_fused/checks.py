@@ -13,20 +13,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> None:
-    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
-        bad, name = (labels, "labels") if isinstance(logits, Tensor) else (logits, "logits")
-        raise TypeError(f"{name} must be a tensor, got {type(bad).__name__}")
-    check_plain("logits", logits)
-    check_plain("labels", labels)
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits must have shape (B, C) with C > 0, got {tuple(logits.shape)}")
+    if type(logits) is not Tensor or type(labels) is not Tensor:
+        check_tensor("logits", logits)
+        check_tensor("labels", labels)
+    shape = logits.shape
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"logits must have shape (B, C) with C > 0, got {tuple(shape)}")
     if logits.dtype not in DTYPES:
         raise TypeError(
             f"logits must be float32, bfloat16, float16 or float64, got {dtype_name(logits)}"
         )
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64 class indices, got {dtype_name(labels)}")
-    if labels.shape != logits.shape[:1]:
+    if labels.shape != shape[:1]:
         raise ValueError(
             f"labels must have shape ({len(logits)},), one for each row of logits, "
             f"got {tuple(labels.shape)}"
@@ -35,25 +34,24 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
 
 
 def check_last_logits(last_logits: Tensor, logits: Tensor) -> Tensor:
-    if not isinstance(last_logits, Tensor):
-        raise TypeError(f"last_logits must be a tensor, got {type(last_logits).__name__}")
-    check_plain("last_logits", last_logits)
-    if last_logits.dim() != 2:
-        hint = "; did you mean weight=?" if last_logits.dim() == 1 else ""
-        raise ValueError(
-            f"last_logits must have shape (m, C), got {tuple(last_logits.shape)}{hint}"
-        )
-    m, C = last_logits.shape
-    if C != logits.shape[1]:
-        raise ValueError(f"last_logits must have the {logits.shape[1]} classes of logits, got {C}")
-    if m > logits.shape[0]:
-        raise ValueError(f"last_logits has {m} rows, more than the {len(logits)} rows of logits")
+    if type(last_logits) is not Tensor:
+        check_tensor("last_logits", last_logits)
+    shape = last_logits.shape
+    if len(shape) != 2:
+        hint = "; did you mean weight=?" if len(shape) == 1 else ""
+        raise ValueError(f"last_logits must have shape (m, C), got {tuple(shape)}{hint}")
+    B, C = logits.shape
+    if shape[1] != C:
+        raise ValueError(f"last_logits must have the {C} classes of logits, got {shape[1]}")
+    if shape[0] > B:
+        raise ValueError(f"last_logits has {shape[0]} rows, more than the {B} rows of logits")
     if last_logits.dtype not in DTYPES:
         raise TypeError(
             "last_logits must be float32, bfloat16, float16 or float64, "
             f"got {dtype_name(last_logits)}"
         )
-    if (last_logits.dtype == torch.float64) != (logits.dtype == torch.float64):
+    same = last_logits.dtype == logits.dtype
+    if not same and torch.float64 in (last_logits.dtype, logits.dtype):
         raise TypeError(
             "last_logits and logits must both be float64 or neither, "
             f"got {dtype_name(last_logits)} and {dtype_name(logits)}"
@@ -223,11 +221,11 @@ def check_inplace(
         raise ValueError("grad_scale=0 leaves no gradient that inplace=True could scale")
 
 
-def check_plain(name: str, value: Tensor) -> None:
+def check_tensor(name: str, value: Tensor) -> None:
     """Kernels read memory: a tensor that only stands for others (DTensor, FakeTensor) has none."""
-    if type(value) is Tensor or type(value) is torch.nn.Parameter:
-        return
-    if torch.compiler.is_compiling():
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if torch.compiler.is_compiling() or isinstance(value, torch.nn.Parameter):
         return
     if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(

@@ -131,12 +131,8 @@ def dlb_loss(
     teacher = (last_logits, m, None, None, None)
     gradient = (need_grad, inplace and need_grad)
     args = LossArgs(*(rows, labels.contiguous(), *teacher, *options, *gradient))
-    computed = compute(args, backend)
-    return parts_of(computed) if return_parts else computed.loss
-
-
-def parts_of(computed: LossOutputs) -> DLBParts:
-    return DLBParts(computed.loss, *computed.parts.unbind())
+    loss, out = compute(args, backend)
+    return DLBParts(loss, *out.parts.unbind()) if return_parts else loss
 
 
 class Lesson(NamedTuple):
@@ -308,11 +304,11 @@ class DLBLoss(nn.Module):
         gradient = (need_grad, self.inplace and need_grad)
         keep = (lesson.fresh, self.keep == "copy", self._stats if training else None, lesson.pair)
         args = LossArgs(*(rows, labels.contiguous(), *lesson[:5], *options, *gradient, *keep))
-        computed = compute(args, self.backend)
-        self._last[:] = computed.loss.detach(), computed.parts
+        loss, out = compute(args, self.backend)
+        self._last[:] = loss.detach(), out.parts
         if training:
-            self._remember(computed, logits, ids, lesson, commit)
-        return computed.loss
+            self._remember(out, logits, ids, lesson, commit)
+        return loss
 
     def _lesson(self, logits: Tensor, ids: Tensor | None, overlap: int | None) -> Lesson:
         """Which rows are taught by which of the cache, and how many are fresh."""
@@ -403,23 +399,23 @@ class DLBLoss(nn.Module):
 
     def _remember(
         self,
-        computed: LossOutputs,
+        out: LossOutputs,
         logits: Tensor,
         ids: Tensor | None,
         lesson: Lesson,
         commit: bool,
     ) -> None:
         if not self.capturable:
-            self._pending[:] = [self._new_cache(computed, logits, ids, lesson.fresh)]
+            self._pending[:] = [self._new_cache(out, logits, ids, lesson.fresh)]
             if commit:
                 self.commit()
         if not torch.compiler.is_compiling() and self._stats is not None:
             self._watch.look(self._stats, lesson.teacher_rows is not None)
 
     def _new_cache(
-        self, computed: LossOutputs, logits: Tensor, ids: Tensor | None, fresh: int
+        self, out: LossOutputs, logits: Tensor, ids: Tensor | None, fresh: int
     ) -> Cache | None:
-        *_, kept, labels, valid = computed
+        *_, kept, labels, valid = out
         if labels is None or valid is None:  # no fresh row
             return None
         ids = None if ids is None else ids[-fresh:].clone()
