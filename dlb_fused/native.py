@@ -128,8 +128,9 @@ def _call(
         0,
     )
     bad_row = _kernel.loss(packed)
+    if bad_row == _kernel.DONE:
+        return
     if bad_row == _kernel.NO_MEMORY:
         raise MemoryError("dlb_loss: no memory for the working buffers of the CPU kernel")
-    if bad_row != _kernel.DONE:
-        label = int(labels[bad_row])
-        raise IndexError(label_out_of_range(bad_row, label, logits.shape[1], ignore_index))
+    label = int(labels[bad_row])
+    raise IndexError(label_out_of_range(bad_row, label, logits.shape[1], ignore_index))
