@@ -83,6 +83,18 @@ def test_grad_scale_is_a_forecast(
         assert relative_error(x.logits.grad, want) <= gradient_tolerance(want, torch.float16)
 
 
+@pytest.mark.parametrize("dloss", [torch.inf, torch.nan, 3.0])
+def test_upstream_gradient_is_left_alone(dloss: float, backend_device: tuple[str, str]) -> None:
+    """And one that is not finite gives what it must: no finite gradient."""
+    backend, device = backend_device
+    x = Case("", C=33).make(device)
+    loss = call(x, backend)
+    upstream = torch.full_like(loss, dloss)
+    (gradient,) = torch.autograd.grad(loss, x.logits, upstream)
+    assert torch.equal(upstream, torch.full_like(loss, dloss)) or dloss != dloss
+    assert upstream._version == 0 and gradient.isfinite().all() == (dloss == 3.0)
+
+
 def test_gradient_twice_from_one_graph(backend_device: tuple[str, str]) -> None:
     backend, device = backend_device
     x = Case("", C=33).make(device)
