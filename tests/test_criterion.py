@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from dlb_fused import DLBLoss, OverlapBatchSampler, dlb_loss
+from dlb_fused.backends import WITH_PAIR
 from dlb_fused.reference import dlb_loss_naive
 
 
@@ -526,13 +528,14 @@ def test_inplace_keeps_the_cache(backend_device: tuple[str, str]) -> None:
         assert torch.equal(torch.autograd.grad(got, z)[0], gradient)
 
 
+@pytest.mark.parametrize(
+    "backend_device", [f"{b}-{d}" for b in WITH_PAIR for d in DEVICES], indirect=True
+)
 class TestCapturable:
     """The cache whose parity lives on the device; a captured graph replays just this."""
 
     @pytest.fixture
     def backend(self, backend_device: tuple[str, str]) -> tuple[str, str]:
-        if backend_device[0] != "triton":
-            pytest.skip("capturable is for backends that run on a GPU")
         return backend_device
 
     def test_equals_the_ordinary_cache(self, backend: tuple[str, str]) -> None:
