@@ -25,11 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Name and module of each backend, in the order in which `backend="auto"` asks them.
-BACKENDS = {"cpu": "native", "triton": "triton_backend", "eager": "reference"}
+#: Name and module of each backend, in the order in which `backend="auto"` asks them. That `cuda`
+#: comes before `triton` is a guess until a GPU has measured them.
+BACKENDS = {"cpu": "native", "cuda": "cuda_backend", "triton": "triton_backend",
+            "eager": "reference"}  # fmt: skip
 
 #: Those that know `LossArgs.pair`.
-WITH_PAIR = ("triton",)
+WITH_PAIR = ("cuda", "triton")
 
 
 class LossArgs(NamedTuple):

@@ -1,7 +1,7 @@
 """The backend `cpu`: the compiled kernel of csrc/cpu, for CPU tensors.
 
 Everything crosses the border as addresses and numbers in one packed struct (`DlbArgs` in
-csrc/cpu/args.h); the tensors named in `LossArgs` keep the memory alive during the call.
+csrc/args.h); the tensors named in `LossArgs` keep the memory alive during the call.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ try:
 except ImportError as error:  # not built, or built for another Python or C++ library
     _missing = str(error)
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # loss and parts; empty_like is the cheapest way to a new tensor.
 _SCALARS = {
     dtype: (torch.empty((), dtype=real), torch.empty(4, dtype=real))
-    for dtype in _DTYPES
+    for dtype in DTYPES
     for real in [torch.float64 if dtype == torch.float64 else torch.float32]
 }
-_pack = struct.Struct("@8q19Q3d6i").pack
+#: Of DlbArgs in csrc/args.h, for `struct`.
+FORMAT = "@8q19Q3d6i"
+_pack = struct.Struct(FORMAT).pack
 
 
 def why_not(logits: Tensor) -> str | None:
@@ -41,7 +43,7 @@ def why_not(logits: Tensor) -> str | None:
         )
     if logits.device.type != "cpu":
         return f"it takes CPU tensors, and logits are on {logits.device}"
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in DTYPES:
         return f"it has no kernel for {logits.dtype}"
     return None
 
@@ -64,7 +66,7 @@ def forward(args: LossArgs) -> LossOutputs:
     elif args.grad_scale != 1:
         scale = loss.new_full((), args.grad_scale)
     new = (loss, parts, dlogits, next_logits, next_labels, next_valid)
-    _call(args, args.ce_count, args.kl_count, scale, (*new, args.stats), fresh)
+    _call(args, (args.ce_count, args.kl_count, scale), (*new, args.stats), fresh)
     return LossOutputs(*new)
 
 
@@ -73,7 +75,8 @@ def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | Non
         dlogits = _empty_rows(args.logits)
     elif _same(dloss, args.grad_scale):
         return dlogits
-    _call(args, parts[2], parts[3], dloss, (None, None, dlogits, None, None, None, None), 0)
+    outputs = (None, None, dlogits, None, None, None, None)
+    _call(args, (parts[2], parts[3], dloss), outputs, 0)
     return dlogits
 
 
@@ -92,45 +95,55 @@ def _same(dloss: Tensor, grad_scale: float | Tensor) -> bool:
     return dloss.item() == grad_scale or bool(dloss == grad_scale)
 
 
-def _call(
+def fields(
     args: LossArgs,
-    ce_count: Tensor | None,
-    kl_count: Tensor | None,
-    grad_scale: Tensor | None,
+    scalars: tuple[Tensor | None, Tensor | None, Tensor | None],
     outputs: tuple[Tensor | None, ...],
     fresh: int,
-) -> None:
-    """Fills `outputs`: loss, parts, dlogits, next_logits, next_labels, next_valid, stats."""
-    assert _kernel is not None
+    threads: int,
+) -> tuple[int | float, ...]:
+    """The fields of `DlbArgs`, in its order; FORMAT packs them.
+
+    scalars: ce_count, kl_count, grad_scale. outputs: loss, parts, dlogits, next_logits,
+    next_labels, next_valid, stats.
+    """
     logits, labels, last, overlap, *rows, weight, ignore_index, smoothing, tau, alpha = args[:12]
     taus = tau if isinstance(tau, Tensor) else None
     alphas = alpha if isinstance(alpha, Tensor) else None
     dlogits = outputs[2]
-    tensors = (logits, labels, last, *rows, weight, taus, alphas, ce_count, kl_count, grad_scale)
-    packed = _pack(
+    tensors = (logits, labels, last, *rows, weight, taus, alphas, *scalars, *outputs)
+    return (
         *logits.shape,
         overlap,
         fresh,
         logits.stride(0),
-        0 if last is None else last.stride(0),
+        0 if last is None else last.stride(-2),
         0 if dlogits is None else dlogits.stride(0),
         ignore_index,
         *[0 if x is None else x.data_ptr() for x in tensors],
-        *[0 if x is None else x.data_ptr() for x in outputs],
         tau if taus is None else 0.0,
         alpha if alphas is None else 0.0,
         smoothing,
-        _DTYPES[logits.dtype],
-        0 if last is None else _DTYPES[last.dtype],
+        DTYPES[logits.dtype],
+        0 if last is None else DTYPES[last.dtype],
         0 if taus is None else taus.dim(),
         0 if alphas is None else alphas.dim(),
-        torch.get_num_threads(),
+        threads,
         0,
     )
-    bad_row = _kernel.loss(packed)
+
+
+def _call(
+    args: LossArgs,
+    scalars: tuple[Tensor | None, Tensor | None, Tensor | None],
+    outputs: tuple[Tensor | None, ...],
+    fresh: int,
+) -> None:
+    assert _kernel is not None
+    bad_row = _kernel.loss(_pack(*fields(args, scalars, outputs, fresh, torch.get_num_threads())))
     if bad_row == _kernel.DONE:
         return
     if bad_row == _kernel.NO_MEMORY:
         raise MemoryError("dlb_loss: no memory for the working buffers of the CPU kernel")
-    label = int(labels[bad_row])
-    raise IndexError(label_out_of_range(bad_row, label, logits.shape[1], ignore_index))
+    label, C = int(args.labels[bad_row]), args.logits.shape[1]
+    raise IndexError(label_out_of_range(bad_row, label, C, args.ignore_index))

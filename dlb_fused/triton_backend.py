@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import struct
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dlb_fused import gpu_memory
 from dlb_fused.backends import LossArgs, LossOutputs
 
 try:
@@ -39,7 +39,7 @@ _LOOP_REGISTERS = (80, 96)
 # the time of the launch that this saves.
 _COUNT_WORK = 1 << 20
 # Labels, and sums of programs, that a warp reads at once.
-_COUNT_WARP = 128
+_COUNT_WARP = gpu_memory.CHUNK_ROWS
 _SUM_WARP = 256
 
 
@@ -101,12 +101,12 @@ def why_not(logits: Tensor) -> str | None:
 
 def forward(args: LossArgs) -> LossOutputs:
     """Loss, parts, gradient and next cache in one launch; see `backends.py`."""
-    out = _outputs(args)
+    out = gpu_memory.outputs(args)
     if args.logits.shape[0] == 0:
         out.loss.zero_()
         out.parts.zero_()
         return out
-    with _on(args.logits.device):
+    with gpu_memory.on(args.logits.device):
         for launch in forward_launches(args, out):
             _run(launch)
     return out
@@ -116,10 +116,9 @@ def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | Non
     """dloss times the gradient, in one launch that returns at once where dlogits holds it."""
     always = dlogits is None
     if dlogits is None:
-        logits = args.logits
-        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        dlogits = gpu_memory.empty_like_rows(args.logits)
     if dlogits.shape[0]:
-        with _on(dlogits.device):
+        with gpu_memory.on(dlogits.device):
             _run(backward_launch(args, parts, dloss, dlogits, always))
     return dlogits
 
@@ -127,12 +126,12 @@ def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | Non
 def rescale_(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> None:
     """dlogits *= dloss / grad_scale in one launch, which does nothing where they are equal."""
     if dlogits.shape[0]:
-        with _on(dlogits.device):
+        with gpu_memory.on(dlogits.device):
             _run(rescale_launch(dlogits, dloss, grad_scale))
 
 
 def forward_launches(args: LossArgs, out: LossOutputs) -> list[Launch]:
-    """What `forward` launches, into tensors made by `_outputs`; B > 0."""
+    """What `forward` launches, into tensors made by `gpu_memory.outputs`; B > 0."""
     form, constants = _form(args, out.dlogits)
     batch, last_logits = _batch(args)
     B, C = args.logits.shape
@@ -142,14 +141,14 @@ def forward_launches(args: LossArgs, out: LossOutputs) -> list[Launch]:
         last_logits is not None and (args.kl_count is None or guarded)
     )
     in_chunks = count and programs * B > _COUNT_WORK
-    space = _workspace(args.logits.device, out.loss.dtype, B)
+    space = gpu_memory.workspace("triton", args.logits.device, out.loss.dtype, B)
     counts = kernels.Counts(args.ce_count, args.kl_count, space.chunks if in_chunks else None, None)
     cache = kernels.Cache(out.next_logits, out.next_labels, out.next_valid)
     slot_rows = 0
     if args.pair is not None:
         slot_rows = args.pair.logits.shape[1]
         cache = kernels.Cache(args.pair.logits if args.copy_logits else None, *args.pair[1:3])
-    sums = kernels.Sums(out.loss, out.parts, args.stats, space.scratch, space.counter)
+    sums = kernels.Sums(out.loss, out.parts, args.stats, space.sums, space.counter)
     launch = _row_launch(
         args,
         out.dlogits,
@@ -205,11 +204,11 @@ def backward_launch(
 def rescale_launch(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> Launch:
     """What `rescale_` launches; B > 0."""
     B, C = dlogits.shape
-    real, tl_real = _real(dlogits.dtype)
+    real = gpu_memory.real_of(dlogits.dtype)
     form = plan(C, real.itemsize, dlogits.element_size(), False)
     step = dlogits.stride(0)
     unit = _unit(step)
-    constants = {"C": C, "ROWS": form.rows, "BLOCK": form.block, "UNIT": unit, "real": tl_real}
+    constants = {"C": C, "ROWS": form.rows, "BLOCK": form.block, "UNIT": unit, "real": _tl(real)}
     args = (dlogits, dloss, _bits(grad_scale), B, step // unit)
     return Launch(kernels.rescale_kernel, -(-B // form.rows), args, constants, _options(form))
 
@@ -264,7 +263,7 @@ def _row_launch(
 def _form(args: LossArgs, dlogits: Tensor | None) -> tuple[Plan, dict[str, Any]]:
     """Plan and constants of a launch over the rows of logits."""
     logits = args.logits
-    real, tl_real = _real(logits.dtype)
+    real = gpu_memory.real_of(logits.dtype)
     C = logits.shape[1]
     form = plan(C, real.itemsize, logits.element_size(), args.label_smoothing != 0)
     last_step = C if args.last_logits is None else args.last_logits.stride(0)
@@ -279,7 +278,7 @@ def _form(args: LossArgs, dlogits: Tensor | None) -> tuple[Plan, dict[str, Any]]
         "ALPHAS": isinstance(args.alpha, Tensor) and args.alpha.dim() == 1,
         "COUNT_BLOCK": _COUNT_WARP * form.num_warps,
         "SUM_BLOCK": _SUM_WARP * form.num_warps,
-        "real": tl_real,
+        "real": _tl(real),
     }
     return form, constants
 
@@ -296,67 +295,8 @@ def _batch(args: LossArgs) -> tuple[kernels.Batch, Tensor | None]:
     return kernels.Batch(args.labels, *given, args.weight, parity), args.pair.logits
 
 
-def _outputs(args: LossArgs) -> LossOutputs:
-    logits = args.logits
-    real, device = _real(logits.dtype)[0], logits.device
-    loss = torch.empty((), dtype=real, device=device)
-    parts = torch.empty(4, dtype=real, device=device)
-    dlogits = next_logits = next_labels = next_valid = None
-    if args.need_grad:
-        dlogits = (
-            logits if args.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=device)
-        )
-    if args.fresh and args.pair is None:
-        if args.copy_logits:
-            next_logits = torch.empty(
-                (args.fresh, logits.shape[1]), dtype=logits.dtype, device=device
-            )
-        next_labels = torch.empty(args.fresh, dtype=torch.int64, device=device)
-        next_valid = torch.empty(args.fresh, dtype=torch.uint8, device=device)
-    return LossOutputs(loss, parts, dlogits, next_logits, next_labels, next_valid)
-
-
-class _Workspace(NamedTuple):
-    scratch: Tensor  # (3 B,) real: sums of each program
-    chunks: (
-        Tensor  # (3 ceil(B / _COUNT_WARP),) real, or less: sums of each program of `_count_kernel`
-    )
-    counter: Tensor  # (1,) int32: programs that have finished; 0 between launches
-
-
-_workspaces: dict[tuple[torch.device, int, torch.dtype, int], _Workspace] = {}
-
-
-def _workspace(device: torch.device, real: torch.dtype, rows: int) -> _Workspace:
-    """The workspace of a device and stream, for up to 2^k rows. It is never freed: a CUDA graph may
-    hold its address. While a graph is captured, a new one is made in the graph's own memory, with
-    the fill of its counter as part of the graph: graphs that are replayed at the same time do not
-    meet."""
-    size = (rows - 1).bit_length()
-    if device.type != "cuda":
-        key = (device, 0, real, size)
-    elif torch.cuda.is_current_stream_capturing():
-        return _new_workspace(device, real, 1 << size)
-    else:
-        key = (device, triton.runtime.driver.active.get_current_stream(device.index), real, size)
-    space = _workspaces.get(key)
-    if space is None:
-        space = _workspaces[key] = _new_workspace(device, real, 1 << size)
-    return space
-
-
-def _new_workspace(device: torch.device, real: torch.dtype, rows: int) -> _Workspace:
-    return _Workspace(
-        torch.empty(3 * rows, dtype=real, device=device),
-        torch.empty(3 * -(-rows // _COUNT_WARP), dtype=real, device=device),
-        torch.zeros(1, dtype=torch.int32, device=device),
-    )
-
-
-def _real(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
-    if dtype == torch.float64:
-        return torch.float64, tl.float64
-    return torch.float32, tl.float32
+def _tl(real: torch.dtype) -> Any:
+    return tl.float64 if real == torch.float64 else tl.float32
 
 
 def _unit(steps: int) -> int:
@@ -378,9 +318,3 @@ def _options(form: Plan) -> dict[str, Any]:
 
 def _run(launch: Launch) -> None:
     launch.kernel[(launch.grid,)](*launch.args, **launch.constants, **launch.options)
-
-
-def _on(device: torch.device) -> Any:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)

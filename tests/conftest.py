@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
 import pytest
+import simulated
 import torch
 
 from dlb_fused import backends, reference
@@ -25,13 +27,19 @@ def pytest_sessionstart() -> None:
 
 
 @pytest.fixture(params=[f"{b}-{d}" for b in backends.BACKENDS for d in DEVICES])
-def backend_device(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """Each backend on each device that it can take; the skip reason is the backend's own."""
+def backend_device(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """Each backend on each device that it can take; the skip reason is the backend's own.
+
+    `cuda` takes CPU tensors here, with its kernels in the shim of simt/ and every access checked.
+    """
     backend, device = request.param.split("-")
-    reason = backends.why_not(backend, torch.empty(1, 1, device=device))
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
-    return backend, device
+    with contextlib.ExitStack() as stack:
+        if (backend, device) == ("cuda", "cpu") and not INTERPRETED:
+            stack.enter_context(simulated.backend())
+        reason = backends.why_not(backend, torch.empty(1, 1, device=device))
+        if reason is not None:
+            pytest.skip(f"{backend}: {reason}")
+        yield backend, device
 
 
 @pytest.fixture(autouse=True)

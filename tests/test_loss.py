@@ -70,7 +70,7 @@ BAD = {
     "a FakeTensor": (dict(labels=FAKE), TypeError, "labels must be a plain tensor, got FakeTensor"),
     "grad_scale rank": (dict(grad_scale=torch.ones(2)), ValueError, "grad_scale must be a float or a 0-dim tensor, got shape (2,)"),
     "grad_scale inf": (dict(grad_scale=float("inf")), ValueError, "grad_scale must be finite, got inf"),
-    "unknown backend": (dict(backend="cudnn"), ValueError, "backend must be one of ('auto', 'cpu', 'triton', 'eager'), got 'cudnn'"),
+    "unknown backend": (dict(backend="cudnn"), ValueError, "backend must be one of ('auto', 'cpu', 'cuda', 'triton', 'eager'), got 'cudnn'"),
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "args.h"
+#include "loss.h"
 
 namespace py = pybind11;
 

@@ -12,7 +12,7 @@
 #include <memory>
 
 #include "../row_math.h"
-#include "args.h"
+#include "loss.h"
 #include "rows.h"
 #if defined(__x86_64__)
 #include <cpuid.h>

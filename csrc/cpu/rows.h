@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "args.h"
+#include "../args.h"
 
 constexpr int64_t kDlbBlock = 2048;          // elements of a row that are worked on at a time
 constexpr int kDlbBatch = 8;                 // rows of few classes that are worked on together

@@ -1,0 +1,224 @@
+// Many short rows a block, each by 1 to 32 neighbouring threads.
+//
+// The rows lie in shared memory as they lie in global memory: where those of a block are one piece,
+// they move 16 bytes at a time, whatever C is. The gradient is written over the logits there and
+// leaves in the same way.
+#pragma once
+#include "batch.h"
+
+constexpr int kChunk = 4;  // columns of a thread that share a running maximum
+
+// Rows of C elements in shared memory, and this thread's place among them.
+template <class T>
+struct Tile {
+  T* rows;
+  int C;
+  int own, lane, lanes;  // the row of this thread, and its columns: lane, lane + lanes, ...
+
+  DLB_DEVICE T& at(int c) const { return rows[own * C + c]; }
+
+  // `count` rows in one piece, by the whole block.
+  DLB_DEVICE void fetch(const T* from, int count) const {
+    const int all = count * C, whole = all / kVector<T>;
+    for (int v = threadIdx.x; v < whole; v += kThreads) {
+      copy_async16(rows + v * kVector<T>, from + v * kVector<T>);
+    }
+    const int i = whole * kVector<T> + threadIdx.x;
+    if (i < all) rows[i] = load_element(from + i);
+  }
+  DLB_DEVICE void leave(T* to, int first, int count) const {
+    const T* from = rows + first * C;
+    const int all = count * C, whole = all / kVector<T>;
+    for (int v = threadIdx.x; v < whole; v += kThreads) {
+      const uint4 raw = reinterpret_cast<const uint4*>(from)[v];
+      store<Cached::kStream>(reinterpret_cast<uint4*>(to) + v, raw);
+    }
+    const int i = whole * kVector<T> + threadIdx.x;
+    if (i < all) store_element(to + i, from[i]);
+  }
+  // The own row, by its threads.
+  DLB_DEVICE void fetch_row(const T* from) const {
+    for (int c = lane; c < C; c += lanes) at(c) = load_element(from + c);
+  }
+  DLB_DEVICE void leave_row(T* to) const {
+    for (int c = lane; c < C; c += lanes) store_element(to + c, at(c));
+  }
+};
+
+template <class T, bool kSmooth>
+struct TileRow {
+  using R = Real<T>;
+
+  const DlbCudaArgs& a;
+  const RowFacts<R>& facts;
+  const Tile<T>& z;
+  const Tile<T>& p;
+  int C;  // 0 for a row that does not exist
+
+  // visit(first column, logits, teacher, weights) for the columns of this thread, kChunk at a time;
+  // -inf beyond the row.
+  template <bool kTeacher, class Visit>
+  DLB_DEVICE void each_chunk(Visit visit) const {
+    for (int start = z.lane; start < C; start += kChunk * z.lanes) {
+      R x[kChunk], teacher[kChunk] = {}, w[kChunk] = {};
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        const int c = start + j * z.lanes;
+        const bool inside = c < C;
+        x[j] = inside ? real_of(z.at(c)) : -infinity<R>();
+        if constexpr (kTeacher) teacher[j] = inside ? real_of(p.at(c)) : -infinity<R>();
+        if constexpr (kSmooth) {
+          w[j] = inside;
+          if (inside && a.loss.weight != nullptr) w[j] = value_at<R>(a.loss.weight, c);
+        }
+      }
+      visit(start, x, teacher, w);
+    }
+  }
+
+  // The label's class leaves the tile, so that no other term meets it. All 32 lanes must come.
+  DLB_DEVICE void take_label(Sums<R>& s) const {
+    if (facts.label >= 0 && z.lane == 0) s.z_label = real_of(z.at(facts.label));
+    if (facts.taught && z.lane == 0) s.p_label = real_of(p.at(facts.label));
+    __syncwarp();
+    if (facts.label < 0 || facts.label % z.lanes != z.lane) return;
+    z.at(facts.label) = element_of<T>(-infinity<R>());
+    if (facts.taught) p.at(facts.label) = element_of<T>(-infinity<R>());
+  }
+
+  template <Kind kKind>
+  DLB_DEVICE void sums(Sums<R>& s, Scales<R> scale) const {
+    each_chunk<kKind != Kind::kPlain>(
+        [&](int start, R(&x)[kChunk], R(&teacher)[kChunk], R(&w)[kChunk]) {
+#pragma unroll
+          for (int j = 0; kSmooth && j < kChunk; ++j) {
+            if (start + j * z.lanes == facts.label) w[j] = 0;
+          }
+          add<kKind, kSmooth>(s, x, teacher, w, scale);
+        });
+    s = merged_lanes<kKind, kSmooth>(s, scale, z.lanes);
+  }
+
+  template <Kind kKind>
+  DLB_DEVICE void write(const Gradient<R>& g, Scales<R> scale) const {
+    each_chunk<kKind != Kind::kPlain>(
+        [&](int start, R(&x)[kChunk], R(&teacher)[kChunk], R(&w)[kChunk]) {
+          R d[kChunk];
+          gradient<kKind, kSmooth>(g, x, teacher, w, scale, d);
+#pragma unroll
+          for (int j = 0; j < kChunk; ++j) {
+            const int c = start + j * z.lanes;
+            if (c < C) z.at(c) = element_of<T>(facts.valid ? d[j] : R(0));
+          }
+        });
+    if (facts.label >= 0 && facts.valid && facts.label % z.lanes == z.lane) {
+      z.at(facts.label) = element_of<T>(g.at_label);
+    }
+  }
+};
+
+template <class T, bool kSmooth>
+__global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
+    tile_kernel(const __grid_constant__ KernelArgs k) {
+  using R = Real<T>;
+  DLB_SHARED(Meeting<R>, meeting);
+  DLB_DYNAMIC_SHARED(memory);
+  const DlbCudaArgs& a = k.given;
+  bool done;
+  const R dloss = gradient_scale<R>(a, done);
+  if (done) return;
+  const int C = int(a.loss.C), lanes = k.lanes, height = kThreads / lanes;
+  const int64_t first = first_row(a), top = int64_t(blockIdx.x) * height;
+  const int count = a.loss.B - top < height ? int(a.loss.B - top) : height;
+  const int own = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  const int64_t row = top + own, next_row = next_row_of(a, row, first);
+  const bool exists = own < count, heavy = top < a.loss.overlap;
+  RowFacts<R> facts = row_facts<R>(a, row, first);
+  if (a.dloss != nullptr) facts.taught = facts.taught && step_counts<R>(k, {}).keep;
+
+  T* const tile = reinterpret_cast<T*>(memory);
+  const int size = (height * C + kVector<T> - 1) / kVector<T> * kVector<T>;
+  const Tile<T> z{tile, C, own, lane, lanes}, p{tile + size, C, own, lane, lanes};
+  const T* logits = static_cast<const T*>(a.loss.logits);
+  const T* last_logits = static_cast<const T*>(a.loss.last_logits);
+  if (k.flat) {
+    z.fetch(logits + top * C, count);
+  } else if (exists) {
+    z.fetch_row(logits + row * a.loss.logits_stride);
+  }
+  if (heavy && k.flat_last) {
+    const int64_t taught = a.loss.overlap - top;
+    p.fetch(last_logits + (top + first) * C, taught < count ? int(taught) : count);
+  } else if (facts.taught) {
+    p.fetch_row(last_logits + facts.teacher * a.loss.last_stride);
+  }
+  // While the rows are on their way.
+  Tally<R> tally = tally_share<R>(k, threadIdx.x, kThreads, first);
+  copy_async_wait();
+  tally = tally_block(tally, meeting);
+  const StepCounts<R> n = step_counts(k, tally);
+
+  T* const next = static_cast<T*>(a.loss.next_logits);
+  if (next != nullptr) {
+    const int64_t old = a.loss.B - a.loss.fresh - top;  // rows of the tile that are not cached
+    const int skip = old < 0 ? 0 : old < count ? int(old) : count;
+    const bool flat = k.flat && k.next_alike;
+    if (flat && skip < count) {
+      z.leave(next + next_row_of(a, top + skip, first) * C, skip, count - skip);
+    } else if (!flat && next_row >= 0) {
+      z.leave_row(next + next_row * C);
+    }
+    __syncthreads();
+  }
+
+  if (!n.keep) facts.taught = false;
+  if (heavy && exists && !facts.taught) {
+    for (int c = lane; c < C; c += lanes) p.at(c) = element_of<T>(-infinity<R>());
+  }
+  // The same kind for all rows of the block, since lanes of different rows meet.
+  const bool cube = !kSmooth && heavy && a.loss.temperature_step == 0 &&
+                    value_or<R>(a.loss.temperatures, a.loss.temperature) == 3;
+  const Scales<R> scale = scales_of(cube ? R(3) : facts.temperature, cube);
+  const TileRow<T, kSmooth> team{a, facts, z, p, exists ? C : 0};
+  Sums<R> s = no_sums<R>();
+  team.take_label(s);
+  if (!heavy) {
+    team.template sums<Kind::kPlain>(s, scale);
+  } else if (!cube) {
+    team.template sums<Kind::kTaught>(s, scale);
+  } else if constexpr (!kSmooth) {
+    team.template sums<Kind::kCube>(s, scale);
+  }
+
+  Gradient<R> g;
+  RowLoss<R> loss;
+  const R smoothing = R(a.loss.label_smoothing);
+  const R ce_share = dloss * inverse_count(n.ce), kl_share = dloss * inverse_count(n.kl);
+  if (!heavy) {
+    loss = row_end<Kind::kPlain, kSmooth>(s, facts, scale, C, smoothing, ce_share, kl_share, g);
+  } else {
+    loss = row_end<Kind::kTaught, kSmooth>(s, facts, scale, C, smoothing, ce_share, kl_share, g);
+  }
+  if (a.loss.dlogits != nullptr) {
+    T* const out = static_cast<T*>(a.loss.dlogits);
+    if (!heavy) {
+      team.template write<Kind::kPlain>(g, scale);
+    } else if (!cube) {
+      team.template write<Kind::kTaught>(g, scale);
+    } else if constexpr (!kSmooth) {
+      team.template write<Kind::kCube>(g, scale);
+    }
+    __syncthreads();
+    if (k.flat) {
+      z.leave(out + top * C, 0, count);
+    } else if (exists) {
+      z.leave_row(out + row * a.loss.dlogits_stride);
+    }
+  }
+  if (a.dloss != nullptr) return;
+  const bool leads = exists && lane == 0;
+  if (leads) cache_row_facts<R>(a, row, next_row, loss.fit);
+  R own_sum[3] = {leads ? loss.ce : 0, leads ? loss.kl : 0, leads ? loss.distil : 0};
+  total_of_block(own_sum, meeting);
+  finish_launch(a, n, own_sum, blockIdx.x, gridDim.x, meeting);
+}
