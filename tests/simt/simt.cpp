@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <map>
 #include <memory>
@@ -72,7 +73,6 @@ struct Context {
   void go_to(Context& other) { simt_switch(&top, other.top); }
 };
 #else
-#include <ucontext.h>
 struct Context {
   ucontext_t state;
   void begin(char* stack, void (*entry)()) {
