@@ -200,7 +200,7 @@ class Toolkit(NamedTuple):
 
 def gencode(architectures: str) -> str:
     """Flags for "80;90;120+PTX". The kernels have two faces, with clusters (from 9.0 on) and
-    without. Each is translated to PTX once, for all processors that it serves: a third less time."""
+    without. Each is translated to PTX once, for all that it serves: a third less time."""
     faces: dict[str, list[str]] = {}
     for name in architectures.split(";"):
         number = name.removesuffix("+PTX")

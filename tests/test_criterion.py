@@ -589,5 +589,7 @@ class TestCapturable:
 
 
 def test_capturable_on_another_backend_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"capturable=True needs one of the backends \('cuda', 'triton'"):
+    with pytest.raises(
+        RuntimeError, match=r"capturable=True needs one of the backends \('cuda', 'triton'"
+    ):
         DLBLoss(capturable=True, backend="eager")(*batch(4))

@@ -498,7 +498,7 @@ FAULTS: dict[str, tuple[Fault, Callable[[], LossArgs], str]] = {
     "barrier before the gradient leaves the tile": (
         Fault("tile.h", "__syncthreads();\n    if (k.flat)", "if (k.flat)"), TILE, ""),
     "cluster's barrier before its sums are read": (
-        Fault("row.h", "cluster_arrive();\n  cluster_wait();", ""), CLUSTER, "cluster_arrive|"),
+        Fault("row.h", "cluster_arrive();\n  cluster_wait();", ""), CLUSTER, ""),
     "wait for the row on chip": (
         Fault("row.h", "(kSource == Source::kChip) copy_async_wait();", "(false) {}"), CHIP, ""),
     "wait for the tile": (Fault("tile.h", "copy_async_wait();", ""), TILE, ""),
@@ -529,8 +529,9 @@ FAULTS: dict[str, tuple[Fault, Callable[[], LossArgs], str]] = {
 def test_planted_fault_is_found(name: str) -> None:
     fault, make_args, words = FAULTS[name]
     check_alone(make_args(), simt.module())
-    with pytest.raises((RuntimeError, AssertionError), match=words):
-        check_alone(make_args(), simt.module(fault.patches()))
+    kernel = simt.module(fault.patches())
+    with pytest.raises(RuntimeError if words else AssertionError, match=words or None):
+        check_alone(make_args(), kernel)
 
 
 def check_alone(args: LossArgs, kernel: Any) -> None:

@@ -29,7 +29,6 @@ import static_report as report  # noqa: E402
 from static_kernels import Entry  # noqa: E402
 
 needs_nvcc = pytest.mark.skipif(kernels.nvcc() is None, reason="there is no nvcc")
-HALF = torch.bfloat16
 
 
 @pytest.fixture(autouse=True, scope="module")
