@@ -31,7 +31,7 @@ else:
 # warps for it (4 to 16 elements a thread) and the bound on registers: without one, ptxas prefers to
 # spill a word for another program a multiprocessor. Wider rows are read twice, _LOOP_BLOCK columns
 # at a time, three programs a multiprocessor (two with label smoothing).
-_WARPS = ((512, 2, None), (2048, 4, None), (4096, 8, None), (8192, 16, 128))
+_WARPS = ((512, 2, 72), (2048, 4, None), (4096, 8, None), (8192, 16, 128))
 _LOOP_BLOCK = 2048
 _LOOP_WARPS = 8
 _LOOP_REGISTERS = (80, 96)

@@ -489,7 +489,7 @@ int main() {
         DlbArgs a{};
         a.B = 256, a.overlap = 128, a.C = C, a.dtype = a.last_dtype = dtype;
         const Device device{d.cluster > 1, size_t(d.kibibytes) * 1024 - 4096, d.cluster};
-        const Plan p = make_plan(a, kItem[dtype], false, device);
+        const Plan p = make_plan(a, kItem[dtype], false, kItem[dtype] < 8, device);
         printf("%d %s %d %s %d %d %u %zu\\n", d.capability,
                dtype == DLB_FLOAT32 ? "float32" : "bfloat16", C,
                p.form == Form::kTile ? "tile" : "row", int(p.source), p.threads, p.cluster,

@@ -92,17 +92,19 @@ cudaError_t launch_rows(const DlbCudaArgs& given) {
   cudaError_t error = device_of<tile>(given.device, device);
   if (error == cudaSuccess) error = device_of<chip>(given.device, device);
   if (error != cudaSuccess) return error;
-  const Plan plan = make_plan(a, sizeof(T), !cut_alike<T>(given), device);
+  const Plan plan = make_plan(a, sizeof(T), !cut_alike<T>(given), !kSmooth, device);
   const KernelArgs k = kernel_args<T>(given, plan);
   const auto stream = reinterpret_cast<cudaStream_t>(given.stream);
   if (k.chunks > 0) {
     error = launch_kernel(count_kernel<Real<T>>, k.chunks, kThreads, 0, 1, stream, k);
     if (error != cudaSuccess) return error;
   }
-  const auto kernel = plan.form == Form::kTile         ? tile
-                      : plan.source == Source::kChip   ? chip
-                      : plan.source == Source::kGlobal ? row_kernel<T, Source::kGlobal, kSmooth>
-                                                       : row_kernel<T, Source::kSingly, true>;
+  auto kernel = row_kernel<T, Source::kSingly, true>;
+  if (plan.form == Form::kTile) kernel = tile;
+  if (plan.form == Form::kRow && plan.source == Source::kChip) kernel = chip;
+  if constexpr (!kSmooth) {
+    if (plan.source == Source::kGlobal) kernel = row_kernel<T, Source::kGlobal, false>;
+  }
   return launch_kernel(kernel, plan.grid, plan.threads, plan.shared, plan.cluster, stream, k);
 }
 

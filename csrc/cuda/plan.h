@@ -75,8 +75,11 @@ inline Plan row_plan(const DlbArgs& a, size_t item, Source source, unsigned clus
           source == Source::kChip ? shared : 0};
 }
 
-// singly: rows begin at different places of their 16 bytes, or the teacher has another type.
-inline Plan make_plan(const DlbArgs& a, size_t item, bool singly, const Device& device) {
+// singly: rows begin at different places of their 16 bytes. global: this kernel has a form for rows
+// that are read twice 16 bytes at a time; with smoothing and in fp64 it is left out, since they are
+// rare and it would be a sixth of all the machine code.
+inline Plan make_plan(const DlbArgs& a, size_t item, bool singly, bool global,
+                      const Device& device) {
   if (a.last_logits != nullptr && a.last_dtype != a.dtype) {
     return row_plan(a, item, Source::kSingly, 1);
   }
@@ -90,5 +93,5 @@ inline Plan make_plan(const DlbArgs& a, size_t item, bool singly, const Device& 
   // for its load with nothing to do meanwhile. Guesses.
   const Plan plan = row_plan(a, item, Source::kChip, device.cluster);
   if (plan.shared <= (device.cluster > 1 ? device.shared : device.shared / 2)) return plan;
-  return row_plan(a, item, Source::kGlobal, 1);
+  return row_plan(a, item, global ? Source::kGlobal : Source::kSingly, 1);
 }
