@@ -65,6 +65,8 @@ def plan(columns: int, real_bytes: int, item_bytes: int, smoothing: bool) -> Pla
             wide = columns * item_bytes % 16 == 0
             tile = 32 * warps * (16 // item_bytes if wide else 4)
             rows = max(1, min(32 * warps, tile // block))
+            if real_bytes == 8 and registers is not None:
+                registers = 128
             return Plan(False, rows, block, 1, warps, registers)
     registers = _LOOP_REGISTERS[smoothing] if real_bytes == 4 else 128
     return Plan(True, 1, _LOOP_BLOCK // scale, 16 // item_bytes, _LOOP_WARPS, registers)

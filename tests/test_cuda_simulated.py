@@ -564,3 +564,34 @@ def test_planted_race_is_found(name: str) -> None:
     program = simt.program("thread", RACES[name].patches())
     with pytest.raises(RuntimeError, match=r"ThreadSanitizer: data race(.|\n)*src/cuda/"):
         simt.replay(program, calls[:1], seed=1)
+
+
+class FakeModule:
+    """A compiled module as `why_not` sees it."""
+
+    SIMULATED = False
+
+    def __init__(self, runtime: int, driver: int) -> None:
+        self.versions = lambda: (runtime, driver)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "driver", "reason"),
+    [
+        (13000, 0, "there is no NVIDIA driver on this machine"),
+        (13000, 12090, "the NVIDIA driver is too old: it supports CUDA 12.9, and dlb_fused._cuda"),
+        # Within a major version an older driver will do.
+        (12090, 12020, "it takes CUDA tensors, and logits are on cpu"),
+        (12090, 13000, "it takes CUDA tensors, and logits are on cpu"),
+    ],
+)
+def test_reasons(runtime: int, driver: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_backend, "_kernel", FakeModule(runtime, driver))
+    assert (cuda_backend.why_not(torch.empty(1, 1)) or "").startswith(reason)
+
+
+def test_no_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm's devices are called cuda too."""
+    monkeypatch.setattr(cuda_backend, "_kernel", FakeModule(13000, 13000))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "built for ROCm" in str(cuda_backend.why_not(torch.empty(1, 1)))

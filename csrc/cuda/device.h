@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -71,15 +70,15 @@ DLB_DEVICE uint32_t floats_bfloat2(float low, float high) {
 // Thread-block clusters. On GPUs without them (before sm_90) a block is a cluster of its own.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define DLB_CLUSTERS 1
-DLB_DEVICE unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
-DLB_DEVICE unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
+DLB_DEVICE unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
+DLB_DEVICE unsigned cluster_size() { return __clusterSizeInBlocks(); }
 // Arrive releases, wait acquires; every thread of the cluster does both, in turn.
 DLB_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 DLB_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // The same object in the shared memory of another block of the cluster.
 template <class T>
 DLB_DEVICE T* cluster_peer(T* shared, unsigned rank) {
-  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+  return static_cast<T*>(__cluster_map_shared_rank(shared, rank));
 }
 #else
 #define DLB_CLUSTERS 0
