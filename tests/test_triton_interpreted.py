@@ -42,6 +42,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(NAN if out.is_floating_point() else 77)
 
     monkeypatch.setattr(torch, "empty", fill)
+    # A planted fault may leave a counter behind.
+    monkeypatch.setattr(gpu_memory, "_workspaces", {})
 
 
 @pytest.fixture(params=["tile", "loop"])
