@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -68,8 +67,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sdist")
     run("-m", "build", "--sdist", "--no-isolation", "--outdir", out, ROOT, cwd=out)
     (sdist,) = out.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(out / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, out / "unpacked")
     (source,) = (out / "unpacked").iterdir()
     return source
 
