@@ -162,3 +162,87 @@ def check_backward(
     assert out.dlogits is not None
     for into in (out.dlogits.clone(), None):
         gradient_close(backend.backward(args, out.parts, d, into), want, args.logits.dtype)
+
+
+# What more than one backend is asked. `check` is of one backend, and returns its outputs.
+Check = Callable[[LossArgs], LossOutputs]
+
+
+def check_guard(check: Check, args: LossArgs, change: str) -> None:
+    """One valid row with another label drops the kl of the step as a whole. m = 3."""
+    args = args._replace(last_valid=torch.ones(3, dtype=torch.uint8))
+    last_labels = args.labels[:3].clone()
+    if change != "none":
+        last_labels[1] = (last_labels[1] + 1) % args.logits.shape[1]
+    if change == "invalid row":
+        args.last_valid[1] = 0  # type: ignore[index]
+    if change == "ignored":
+        args.labels[1] = -100
+    kept = change in ("none", "invalid row")
+    given = args._replace(last_labels=last_labels)
+    assert (check(given).parts[3] > 0) == kept
+    given = given._replace(kl_count=torch.tensor(5.0), stats=None)
+    assert (check(given).parts[3] > 0) == kept
+
+
+def check_guard_drops_a_teacher_of_nan(check: Check, args: LossArgs) -> None:
+    assert args.last_logits is not None
+    args.last_logits.fill_(NAN)
+    assert check(args._replace(last_labels=torch.tensor([-5, -5]))).loss.isfinite()
+
+
+def check_rows_that_are_not_finite(check: Check, args: LossArgs) -> None:
+    """Row by row: which gives NaN, which +inf, which never teaches; ignored rows hold anything.
+    B = 8, m = 4, all rows cached."""
+    z, p, y = args.logits, args.last_logits, args.labels
+    assert p is not None
+    z[0, 3], z[4, 5], z[5] = NAN, INF, -INF
+    y[:] = 7
+    z[1, 9] = p[1, 9] = -INF  # both exclude a class
+    p[2, 11] = -INF  # only the teacher
+    check(args)
+    y[[0, 4, 5]] = -100
+    out = check(args)
+    assert out.dlogits is not None and out.next_valid is not None
+    assert out.loss.isfinite() and not out.dlogits[[0, 4, 5]].any()
+    assert out.next_valid.tolist() == [0, 1, 1, 1, 0, 0, 1, 1]
+    z[3, 2] = -INF  # only the student, where q underflows
+    p[3, 2] = -1e4
+    out = check(args)
+    assert out.loss == INF and out.dlogits is not None and out.dlogits.isfinite().all()
+    assert check(args._replace(alpha=0.0)).loss.isfinite()
+
+
+def check_masks_of_finfo_min(check: Check, args: LossArgs) -> None:
+    assert args.last_logits is not None
+    for logits in (args.logits, args.last_logits):
+        logits[:, 20:] = torch.finfo(logits.dtype).min
+    args.labels.remainder_(20)
+    check(args)
+
+
+def check_label_out_of_range(forward: Check, args: LossArgs, label: int) -> None:
+    """The loss and the gradient of that row are NaN, and nothing outside is read. B = 4."""
+    args.labels[1] = label
+    out = forward(args._replace(weight=torch.ones(args.logits.shape[1])))
+    assert out.loss.isnan() and out.dlogits is not None
+    assert out.dlogits.isnan().all(1).tolist() == [False, True, False, False]
+
+
+def check_bad_values(forward: Check, args: LossArgs, bad: float) -> None:
+    """Of temperature and alpha, in device memory. B = 4, m = 2."""
+    values = torch.tensor([1.0, bad])
+    out = forward(args._replace(temperature=values))
+    assert out.loss.isnan() and out.dlogits is not None
+    assert out.dlogits.isnan().any(1).tolist() == [False, True, False, False]
+    if not bad >= 0:
+        out = forward(args._replace(alpha=values))
+        assert out.loss.isnan() and out.dlogits is not None
+        assert out.dlogits[1].isnan().all() and out.dlogits[0].isfinite().all()
+
+
+def check_offsets(check: Check, args: LossArgs, offsets: tuple[float, float]) -> None:
+    assert args.last_logits is not None
+    args.logits.add_(offsets[0])
+    args.last_logits.add_(offsets[1])
+    check(args)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import contract
 import pytest
 import torch
+from contract import INF, NAN, OPTIONS, STATS, close, in_fp64, make, make_option, near
 from torch import Tensor
 
 from dlb_fused import gpu_memory, reference, triton_backend, triton_kernels
@@ -26,10 +27,8 @@ if triton_backend.why_not(torch.empty(1, 1)) is not None:
 from interpreter import Checker
 from triton.runtime.errors import InterpreterError
 
-INF, NAN = float("inf"), float("nan")
 # Columns of most tests: one tile, or two blocks of the loop of the fixture `form`.
 C = 37
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 
 
 @pytest.fixture(autouse=True)
@@ -53,33 +52,6 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         small = triton_backend.Plan(True, 1, 32, 4, 4, None)
         monkeypatch.setattr(triton_backend, "plan", lambda *_: small)
     return request.param
-
-
-def make(
-    B: int = 5,
-    C: int = 10,
-    m: int = 3,
-    dtype: torch.dtype = torch.float32,
-    last_dtype: torch.dtype | None = None,
-    seed: int = 0,
-    scale: float = 3.0,
-    **options: Any,
-) -> LossArgs:
-    g = torch.Generator().manual_seed(seed)
-    z = (torch.randn(B, C, generator=g, dtype=torch.float64) * scale).to(dtype)
-    p = (torch.randn(m, C, generator=g, dtype=torch.float64) * scale).to(last_dtype or dtype)
-    y = torch.randint(0, C, (B,), generator=g)
-    options.setdefault("need_grad", True)
-    options.setdefault("fresh", B - m)
-    args = LossArgs(z, y, p if m else None, m, **options)
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    to = {
-        k: v.to(real)
-        for k, v in args._asdict().items()
-        if k in ("weight", "temperature", "alpha", "ce_count", "kl_count", "grad_scale")
-        and isinstance(v, Tensor)
-    }
-    return args._replace(**to)
 
 
 def tensors(
@@ -128,81 +100,23 @@ def backward(
     return into, checker
 
 
-def in_fp64(args: LossArgs) -> LossArgs:
-    wide = {
-        k: v.double()
-        for k, v in args._asdict().items()
-        if isinstance(v, Tensor) and v.is_floating_point()
-    }
-    return args._replace(**wide, inplace=False, stats=None)
+class Checked:
+    """The backend with every access checked, for `contract.check`."""
+
+    def forward(self, args: LossArgs) -> LossOutputs:
+        return forward(args)[0]
+
+    def backward(
+        self, args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | None
+    ) -> Tensor:
+        return backward(args, parts, float(dloss), dlogits)[0]
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm().clamp(min=1e-300))
-
-
-def close(got: Tensor, want: Tensor, tolerance: float) -> None:
-    assert torch.equal(got.isnan(), want.isnan())
-    got, want = got.double().nan_to_num(0), want.nan_to_num(0)
-    assert error(got, want) <= tolerance or not (got - want).any()
-
-
-def near(got: Tensor, want: Tensor, unit: float) -> None:
-    """Of a loss: absolute below 1, where the logarithm of a sum near 1 has no relative accuracy."""
-    torch.testing.assert_close(got.double(), want, rtol=unit, atol=unit, equal_nan=True)
+checked = Checked()
 
 
 def check(args: LossArgs, dlosses: tuple[float, ...] = (-3.7,)) -> LossOutputs:
-    """Forward and backward against the reference in fp64."""
-    truth_args = in_fp64(args)
-    want = reference.forward(truth_args)
-    logits = args.logits.clone()
-    stats = args.stats.clone() if args.stats is not None else None
-    out, _ = forward(args)
-    real = out.loss.dtype
-    unit = 1e-13 if real == torch.float64 else 1e-6
-    near(out.loss, want.loss, unit)
-    near(out.parts, want.parts, unit)
-    tolerance = TOLERANCE[args.logits.dtype]
-    if args.need_grad:
-        assert out.dlogits is not None and want.dlogits is not None
-        rounded = error(want.dlogits.to(args.logits.dtype), want.dlogits)
-        close(out.dlogits, want.dlogits, max(tolerance, 1.01 * rounded))
-    assert args.inplace or torch.equal(logits.view(torch.uint8), args.logits.view(torch.uint8))
-    first = args.logits.shape[0] - args.fresh
-    if out.next_logits is not None:
-        assert torch.equal(
-            out.next_logits.view(torch.uint8), logits[first:].contiguous().view(torch.uint8)
-        )
-    if args.fresh:
-        assert want.next_valid is not None
-        assert torch.equal(out.next_labels, args.labels[first:])
-        assert torch.equal(out.next_valid, want.next_valid)
-    if stats is not None:
-        told = truth_args._replace(stats=stats)
-        reference.forward(told)
-        assert torch.equal(args.stats, stats)
-    if args.need_grad and not args.inplace:
-        check_backward(args, truth_args, out, want, dlosses)
-    return out
-
-
-def check_backward(
-    args: LossArgs,
-    truth_args: LossArgs,
-    out: LossOutputs,
-    want: LossOutputs,
-    dlosses: tuple[float, ...],
-) -> None:
-    for dloss in dlosses:
-        d = torch.tensor(dloss, dtype=out.loss.dtype)
-        wide = reference.backward(truth_args, want.parts, d.double(), None)
-        rounded = error(wide.to(args.logits.dtype), wide)
-        bound = max(TOLERANCE[args.logits.dtype], 1.01 * rounded)
-        assert out.dlogits is not None
-        for into in (out.dlogits.clone(), None):
-            got, _ = backward(args, out.parts, dloss, into)
-            close(got, wide, bound)
+    return contract.check(checked, args, dlosses)
 
 
 @pytest.mark.parametrize("C", [1, 2, 10, 100, 1000, 1003, 8192, 8200, 20001])
@@ -229,42 +143,9 @@ def test_mixed_types(form: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None
     check(make(4, C, 2, *dtypes, grad_scale=scale, temperature=2.3, alpha=0.7), (65536.0,))
 
 
-WEIGHT = torch.linspace(0.0, 2.0, C, dtype=torch.float64)
-STATS = torch.tensor([3, 4, 5])
-OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
-    "no overlap": lambda: {"m": 0},
-    "all overlap": lambda: {"m": 4},
-    "float tau and alpha": lambda: {"temperature": 0.3, "alpha": 0.1},
-    "alpha 0": lambda: {"alpha": 0.0},
-    "tensor tau and alpha": lambda: {
-        "temperature": torch.tensor(1.7), "alpha": torch.tensor(0.3)},
-    "rows of tau and alpha": lambda: {
-        "temperature": torch.tensor([1.7, 4.0]), "alpha": torch.tensor([0.3, 0.0])},
-    "weight": lambda: {"weight": WEIGHT},
-    "smoothing": lambda: {"label_smoothing": 0.1},
-    "smoothing and weight": lambda: {"label_smoothing": 0.3, "weight": WEIGHT},
-    "ignored": lambda: {"ignored": [0, 2], "stats": STATS.clone()},
-    "all ignored": lambda: {"ignored": [0, 1, 2, 3]},
-    "teacher rows": lambda: {"teacher_rows": torch.tensor([-1, 0]), "stats": STATS.clone()},
-    "last valid": lambda: {
-        "last_valid": torch.tensor([1, 0], dtype=torch.uint8), "stats": STATS.clone()},
-    "normalizer": lambda: {"ce_count": torch.tensor(20.0), "kl_count": torch.tensor(7.0)},
-    "normalizer 0": lambda: {"ce_count": torch.tensor(0.0), "kl_count": torch.tensor(0.0)},
-    "grad scale": lambda: {"grad_scale": 1024.0},
-    "grad scale tensor": lambda: {"grad_scale": torch.tensor(0.125)},
-    "no gradient": lambda: {"need_grad": False},
-    "no copy": lambda: {"copy_logits": False},
-    "all cached": lambda: {"fresh": 4},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(form: str, name: str) -> None:
-    options = {"B": 4, "C": C, "m": 2} | OPTIONS[name]()
-    ignored = options.pop("ignored", [])
-    args = make(**options)
-    args.labels[ignored] = -100
-    out = check(args)
+    out = check(make_option(name, C))
     if name == "all ignored":
         assert out.loss == 0 and not out.dlogits.any()
     if name == "no copy":
@@ -273,80 +154,34 @@ def test_options(form: str, name: str) -> None:
 
 @pytest.mark.parametrize("change", ["none", "label", "invalid row", "ignored"])
 def test_guard(form: str, change: str) -> None:
-    """One valid row with another label drops the kl of the step as a whole."""
-    args = make(5, C, 3, stats=STATS.clone(), last_valid=torch.ones(3, dtype=torch.uint8))
-    last_labels = args.labels[:3].clone()
-    if change != "none":
-        last_labels[1] = (last_labels[1] + 1) % C
-    if change == "invalid row":
-        args.last_valid[1] = 0
-    if change == "ignored":
-        args.labels[1] = -100
-    out = check(args._replace(last_labels=last_labels))
-    assert (out.parts[3] > 0) == (change in ("none", "invalid row"))
-    dropped = args._replace(last_labels=last_labels, kl_count=torch.tensor(5.0), stats=None)
-    assert (check(dropped).parts[3] > 0) == (change in ("none", "invalid row"))
+    contract.check_guard(check, make(5, C, 3, stats=STATS.clone()), change)
 
 
 def test_guard_drops_a_teacher_of_nan(form: str) -> None:
-    args = make(4, C, 2, last_labels=torch.tensor([-5, -5]))
-    args.last_logits.fill_(NAN)
-    assert check(args).loss.isfinite()
+    contract.check_guard_drops_a_teacher_of_nan(check, make(4, C, 2))
 
 
 def test_rows_that_are_not_finite(form: str) -> None:
-    """Row by row: which gives NaN, which +inf, which never teaches; ignored rows hold anything."""
-    args = make(8, C, 4, fresh=8)
-    z, p, y = args.logits, args.last_logits, args.labels
-    z[0, 3], z[4, 5], z[5] = NAN, INF, -INF
-    y[:] = 7
-    z[1, 9] = p[1, 9] = -INF  # both exclude a class
-    p[2, 11] = -INF  # only the teacher
-    check(args)
-    y[[0, 4, 5]] = -100
-    out = check(args)
-    assert out.loss.isfinite() and not out.dlogits[[0, 4, 5]].any()
-    assert out.next_valid.tolist() == [0, 1, 1, 1, 0, 0, 1, 1]
-    z[3, 2] = -INF  # only the student, where q underflows
-    p[3, 2] = -1e4
-    out = check(args)
-    assert out.loss == INF and out.dlogits.isfinite().all()
-    assert check(args._replace(alpha=0.0)).loss.isfinite()
+    contract.check_rows_that_are_not_finite(check, make(8, C, 4, fresh=8))
 
 
 def test_masks_of_finfo_min(form: str) -> None:
-    args = make(4, C, 2)
-    low = torch.finfo(torch.float32).min
-    args.logits[:, 20:], args.last_logits[:, 20:] = low, low
-    args.labels.remainder_(20)
-    check(args)
+    contract.check_masks_of_finfo_min(check, make(4, C, 2))
 
 
 @pytest.mark.parametrize("label", [-1, 10**6, 2**32 + 1])
 def test_label_out_of_range(form: str, label: int) -> None:
-    """The loss and the gradient of that row are NaN, and nothing outside is read."""
-    args = make(4, C, 2, weight=torch.ones(C))
-    args.labels[1] = label
-    out, _ = forward(args)
-    assert out.loss.isnan() and out.dlogits.isnan().all(1).tolist() == [False, True, False, False]
+    contract.check_label_out_of_range(checked.forward, make(4, C, 2), label)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INF])
 def test_bad_values_in_tensors(form: str, bad: float) -> None:
-    tau = torch.tensor([1.0, bad])
-    out, _ = forward(make(4, C, 2, temperature=tau))
-    assert out.loss.isnan() and out.dlogits.isnan().any(1).tolist() == [False, True, False, False]
-    if not bad >= 0:
-        out, _ = forward(make(4, C, 2, alpha=tau))
-        assert out.loss.isnan() and out.dlogits[1].isnan().all() and out.dlogits[0].isfinite().all()
+    contract.check_bad_values(checked.forward, make(4, C, 2), bad)
 
 
 @pytest.mark.parametrize("offsets", [(1e4, 1e4), (1e4, -1e4), (-1e4, 0.0)])
 def test_offsets(form: str, offsets: tuple[float, float]) -> None:
-    args = make(3, C, 2)
-    args.logits.add_(offsets[0])
-    args.last_logits.add_(offsets[1])
-    check(args)
+    contract.check_offsets(check, make(4, C, 2), offsets)
 
 
 def test_confident_rows(form: str) -> None:
