@@ -371,6 +371,25 @@ def test_other_devices(capability: int, clusters: int) -> None:
         assert launch.shared_bytes == 0 and watched.calls[-1].launches[-1].threads == 256
 
 
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_rows_that_are_read_twice(dtype: torch.dtype) -> None:
+    """The form for rows that fit on no chip: here, those of a device without clusters."""
+    C = 24001 if dtype.itemsize == 4 else 48001  # odd: partial vectors at both ends
+
+    kernel = simt.module(copy="sm_80")
+    with simt.device(kernel, 80, 1):
+        watched = Watched(kernel)
+        with simulated.backend(watched), simulated.poisoned():
+            for change in ("none", "label"):
+                contract.check_guard(check, make(5, C, 3, dtype, stats=STATS.clone()), change)
+            nan_teacher = make(4, C, 2, dtype)
+            contract.check_guard_drops_a_teacher_of_nan(check, nan_teacher)
+            contract.check_rows_that_are_not_finite(check, make(8, C, 4, dtype, fresh=8))
+            contract.check_masks_of_finfo_min(check, make(4, C, 2, dtype))
+            check(make(4, C, 2, dtype, temperature=2.5, inplace=True))
+            assert all(c.launches[-1].shared_bytes == 0 for c in watched.calls if c.launches)
+
+
 # ---- Sanitizers ----
 
 

@@ -63,7 +63,10 @@ def module(patches: Patches | None = None, copy: str = "") -> ModuleType:
         patches=patches,
     )
     if copy:
-        path = shutil.copy(path, path.with_name(f"{copy}.so"))
+        original, path = path, path.with_name(f"{copy}.so")
+        if path not in _modules:
+            path.unlink(missing_ok=True)  # never written over: another process may run it
+            shutil.copy(original, path)
     if path not in _modules:
         # By this name, pybind11 gives a module that it has given before.
         name = f"{path.parent.name}.{path.stem}.{NAME}"

@@ -5,8 +5,6 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/mman.h>
-#include <ucontext.h>
 
 #include <map>
 #include <memory>
@@ -20,99 +18,20 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
+#include "fibers.h"
+#include "halves.h"
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace simt {
 namespace {
 
-#if defined(SIMT_ADDRESS) || defined(SIMT_THREAD)
-constexpr size_t kStack = 256 << 10;
-#else
-constexpr size_t kStack = 64 << 10;
-#endif
 constexpr size_t kStaticShared = 16 << 10;  // room for the static objects of a block
 constexpr size_t kGap = 128;                // unused, between the shared memories of two blocks
 constexpr size_t kMaxFibers = 8000;         // that the thread sanitizer can tell apart
 constexpr cudaError_t kInvalidValue = 1, kInvalidConfiguration = 9, kInvalidCluster = 912;
 constexpr cudaError_t kFound = 1000;
-
-// ---- Fibers ----
-
-#if defined(__x86_64__) && !defined(SIMT_UCONTEXT)
-extern "C" void simt_switch(void** save, void* to);
-asm(R"(
-.text
-.type simt_switch, @function
-simt_switch:
-  push %rbp
-  push %rbx
-  push %r12
-  push %r13
-  push %r14
-  push %r15
-  mov %rsp, (%rdi)
-  mov %rsi, %rsp
-  pop %r15
-  pop %r14
-  pop %r13
-  pop %r12
-  pop %rbx
-  pop %rbp
-  ret
-.size simt_switch, . - simt_switch
-)");
-struct Context {
-  void* top = nullptr;
-  void begin(char* stack, void (*entry)()) {
-    void** at = reinterpret_cast<void**>(stack + kStack);
-    *--at = nullptr;  // nobody to return to
-    *--at = reinterpret_cast<void*>(entry);
-    top = at - 6;  // registers, whatever they hold
-  }
-  void go_to(Context& other) { simt_switch(&top, other.top); }
-};
-#else
-struct Context {
-  ucontext_t state;
-  void begin(char* stack, void (*entry)()) {
-    getcontext(&state);
-    state.uc_stack.ss_sp = stack;
-    state.uc_stack.ss_size = kStack;
-    state.uc_link = nullptr;
-    makecontext(&state, entry, 0);
-  }
-  void go_to(Context& other) { swapcontext(&state, &other.state); }
-};
-#endif
-
-constexpr uint64_t kCanary = 0x5afe57acc0ffee00;
-
-std::vector<char*> free_stacks;
-
-char* take_stack() {
-  if (free_stacks.empty()) {
-    void* fresh = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (fresh == MAP_FAILED) abort();
-    free_stacks.push_back(static_cast<char*>(fresh));
-  }
-  char* stack = free_stacks.back();
-  free_stacks.pop_back();
-  memcpy(stack, &kCanary, sizeof(kCanary));
-  return stack;
-}
-
-void give_stack(char* stack) {
-  if (memcmp(stack, &kCanary, sizeof(kCanary)) != 0) {
-    fprintf(stderr, "simt: a thread used more than %zu bytes of stack\n", kStack);
-    abort();
-  }
-#ifdef SIMT_ADDRESS
-  __asan_unpoison_memory_region(stack, kStack);  // of a thread that never ended
-#endif
-  free_stacks.push_back(stack);
-}
 
 // ---- What runs ----
 
@@ -742,28 +661,6 @@ float exp2_of(float x) {
 double exp2_of(double x) {
   ++exp2_calls;
   return exp2(x);
-}
-
-static float from_half(unsigned bits) {
-  const unsigned sign = (bits & 0x8000) << 16, rest = bits & 0x7fff;
-  if (rest >= 0x7c00) return __uint_as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest << 13) * 0x1p112f));
-}
-
-static unsigned to_half(float x) {
-  const unsigned sign = __float_as_uint(x) >> 16 & 0x8000;
-  x = fabsf(x);
-  if (x != x) return 0x7fff;
-  if (x >= 65520) return sign | 0x7c00;
-  if (x < 0x1p-14f) return sign | unsigned(nearbyintf(x * 0x1p24f));
-  const unsigned bits = __float_as_uint(x) - (112u << 23);
-  return sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13;
-}
-
-static unsigned to_bfloat(float x) {
-  if (x != x) return 0x7fff;
-  const unsigned bits = __float_as_uint(x);
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 float2 half2_floats(uint32_t word) { return {from_half(word & 0xffff), from_half(word >> 16)}; }
