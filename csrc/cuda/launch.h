@@ -15,8 +15,8 @@ bool alike(const DlbArgs& a, const void* address, int64_t stride, int64_t offset
   return address == nullptr || ((z - other) % 16 == 0 && steps * sizeof(T) % 16 == 0);
 }
 
-// Whether vectors of 16 bytes are cut alike from the rows of all matrices that are read twice or
-// written whole. Row i meets row i of last_logits (or another one).
+// Whether vectors of 16 bytes are cut alike from the rows of logits, dlogits and last_logits. Row i
+// meets row i of last_logits, or any other one.
 template <class T>
 bool cut_alike(const DlbCudaArgs& given) {
   const DlbArgs& a = given.loss;
