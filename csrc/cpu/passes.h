@@ -32,14 +32,9 @@ inline int mode_of(double temperature) {
 
 template <class R>
 struct Scratch {
-  R* z;        // (kDlbBlock,) logits of the block
-  R* u;        // (kDlbBlock,) teacher's logits of the block
-  R* first;    // exp(x) of a fresh row, exp(x / temperature) of a taught one
-  R* teacher;  // exp(u / temperature)
-  R* hard;     // exp(x) of a taught row, where it is no power of `first`
+  R *z, *u;  // (kDlbBlock,) logits and teacher's logits of the block, where they are converted
+  R *first, *teacher, *hard;  // as in Exponentials
   Run* runs;
-
-  Scratch() = default;
 
   Scratch(char* p, int64_t row) {
     z = take(p, kDlbBlock);
@@ -50,13 +45,45 @@ struct Scratch {
     runs = reinterpret_cast<Run*>(p);
   }
 
-  // Aligned, with room for the rest of the last vector.
+  // Aligned, with room for a vector more.
   static R* take(char*& p, int64_t n) {
     R* taken = reinterpret_cast<R*>(p);
     p += (size_t(n + kLanes<R>) * sizeof(R) + 63) / 64 * 64;
     return taken;
   }
 };
+
+// Where the exponentials of a row lie between the sums and the gradient.
+template <class R>
+struct Exponentials {
+  R* first;    // exp(x) of a fresh row, exp(x / temperature) of a taught one
+  R* teacher;  // exp(u / temperature)
+  R* hard;     // exp(x) of a taught row, where it is no power of `first`
+
+  Exponentials from(int64_t c) const { return {first + c, teacher + c, hard + c}; }
+};
+
+// n classes of a row. Where the label is (-1: elsewhere), z and u count as -inf. Vectors begin
+// after `head` elements.
+template <class R>
+struct Block {
+  const R *z, *u;
+  int64_t n, head, label;
+};
+
+// Elements of row i before the first aligned vector, where the matrix begins at one, as torch's
+// allocator makes it. Not by the address: the order of the sums, and so their bits, would change
+// with it.
+template <class R>
+inline int64_t row_head(int64_t i, int64_t stride) {
+  return int64_t(-uint64_t(i) * uint64_t(stride) % kLanes<R>);
+}
+
+// From p to the next aligned vector, in elements.
+template <class T>
+inline int64_t head_of(const T* p, uintptr_t bytes = kVectorBytes) {
+  return int64_t(-reinterpret_cast<uintptr_t>(p) % bytes / sizeof(T));
+}
 
 template <class R>
 inline R reference(R top) {
@@ -68,30 +95,41 @@ inline double exp_or_one(double x) { return x == 0 ? 1 : std::exp(x); }
 
 // ---- passes over a block ----
 
-// Converts n elements to `to`, fills the last vector with -inf, and returns the largest.
+template <class R>
+struct Loaded {
+  const R* at;
+  R top;
+};
+
+// The largest of n elements, and where they lie as R: in `buffer`, if they had to be converted.
 template <class T>
-RealOf<T> load_block(const void* from, int64_t n, RealOf<T>* to) {
+Loaded<RealOf<T>> load_block(const void* from, int64_t n, RealOf<T>* buffer) {
   using R = RealOf<T>;
+  constexpr bool kConvert = !std::is_same_v<T, R>;
+  constexpr R none = -std::numeric_limits<R>::infinity();
   constexpr int64_t lanes = kLanes<R>, kUnroll = 4;  // one maximum would wait for the last one
   const T* p = static_cast<const T*>(from);
   Vector<R> top[kUnroll];
-  for (auto& t : top) t = splat<Vector<R>>(-std::numeric_limits<R>::infinity());
+  for (auto& t : top) t = splat<Vector<R>>(none);
   int64_t c = 0;
   for (; c + kUnroll * lanes <= n; c += kUnroll * lanes) {
     for (int64_t i = 0; i < kUnroll; ++i) {
       const Vector<R> v = load(p + c + i * lanes);
-      store(to + c + i * lanes, v);
+      if constexpr (kConvert) store(buffer + c + i * lanes, v);
       top[i] = max_else_second(v, top[i]);
     }
   }
   for (; c < n; c += lanes) {
-    const Vector<R> v =
-        c + lanes <= n ? load(p + c) : load_some(p + c, n - c, -std::numeric_limits<R>::infinity());
-    store(to + c, v);
+    const Vector<R> v = c + lanes <= n ? load(p + c) : load_some(p + c, n - c, none);
+    if constexpr (kConvert) store(buffer + c, v);
     top[0] = max_else_second(v, top[0]);
   }
   top[0] = max_else_second(max_else_second(top[0], top[1]), max_else_second(top[2], top[3]));
-  return max_lanes(top[0]);
+  if constexpr (kConvert) {
+    return {buffer, max_lanes(top[0])};
+  } else {
+    return {p, max_lanes(top[0])};
+  }
 }
 
 template <class R>
@@ -108,10 +146,6 @@ struct Exponents {
   explicit Exponents(double temperature) : hard(kLog2E), soft(kLog2E / temperature) {}
 };
 
-// Vectors that are added up in one accumulator: it is then added to another, since the rounding
-// errors of a long chain of additions would show in the gradient.
-constexpr int64_t kChain = 16;
-
 // The block or row to be loaded next, fetched into the cache while this one is summed: memory would
 // stand idle meanwhile. May lie past the end of the tensor.
 struct Ahead {
@@ -122,31 +156,82 @@ struct Ahead {
   void fetch_u(int64_t c) const { __builtin_prefetch(reinterpret_cast<void*>(u + c * u_size)); }
 };
 
+// Goes over a block: `whole(begin, end)` for whole vectors, and `part(begin, count, hole)` for one
+// that lacks elements or has the label, at begin + hole.
+template <class R, class Whole, class Part>
+[[gnu::always_inline]] inline void walk(const Block<R>& b, Whole whole, Part part) {
+  constexpr int64_t lanes = kLanes<R>;
+  const int64_t head = b.head < b.n ? b.head : b.n;
+  const int64_t end = head + (b.n - head) / lanes * lanes;
+  const bool inside = b.label >= head && b.label < end;
+  const int64_t label_vector = inside ? b.label - (b.label - head) % lanes : end;
+  const int64_t parts[3][2] = {{0, head}, {label_vector, inside ? lanes : 0}, {end, b.n - end}};
+  int64_t at = 0;
+  for (const auto& [begin, count] : parts) {
+    if (at < begin) whole(at, begin);
+    if (count > 0) part(begin, count, b.label - begin);
+    at = begin + count;
+  }
+}
+
+// `count` elements, the rest and the hole -inf.
+template <class R>
+inline Vector<R> load_part(const R* p, int64_t count, int64_t hole) {
+  constexpr R none = -std::numeric_limits<R>::infinity();
+  const Vector<R> v = count == kLanes<R> ? load(p) : load_some(p, count, none);
+  return put_lane(v, hole, none);
+}
+
+template <class T>
+inline void store_part(T* p, Vector<RealOf<T>> v, int64_t count) {
+  if (count == kLanes<RealOf<T>>) {
+    store(p, v);
+  } else {
+    store_some(p, v, count);
+  }
+}
+
+// Vectors are added up in short chains, and those then to one another, since the rounding errors of
+// a long chain of additions would show in the gradient.
+template <class R>
+inline int64_t chain_end(int64_t begin, int64_t end) {
+  constexpr int64_t chain = 16 * kLanes<R>;
+  return end - begin < chain ? end : begin + chain;
+}
+
 // Always inline: in a loop over rows the constants then stay in registers.
 template <class R>
-[[gnu::always_inline]] inline double sum_fresh(const R* z, int64_t n, double z_top,
+[[gnu::always_inline]] inline double sum_fresh(const Block<R> b, double z_top,
                                                const Exponents<R>& k, const Ahead ahead, R* first) {
   using V = Vector<R>;
   const V top = splat<V>(R(z_top));
   const Exponent<V, R> hard = k.hard;  // not read again after each store
   V total = {};
-  for (int64_t begin = 0; begin < n; begin += kChain * kLanes<R>) {
-    const int64_t end = n - begin < kChain * kLanes<R> ? n : begin + kChain * kLanes<R>;
-    V sum = {};
-    for (int64_t c = begin; c < end; c += kLanes<R>) {
-      ahead.fetch_z(c);
-      const V e = exp_of(load(z + c) - top, hard);
-      store(first + c, e);
-      sum += e;
+  const auto whole = [&](int64_t c, int64_t end) {
+    while (c < end) {
+      V sum = {};
+      for (const int64_t stop = chain_end<R>(c, end); c < stop; c += kLanes<R>) {
+        ahead.fetch_z(c);
+        const V e = exp_of(load(b.z + c) - top, hard);
+        store(first + c, e);
+        sum += e;
+      }
+      total += sum;
     }
-    total += sum;
-  }
+  };
+  const auto part = [&](int64_t c, int64_t count, int64_t hole) {
+    const V e = exp_of(load_part(b.z + c, count, hole) - top, hard);
+    store_part(first + c, e, count);
+    total += e;
+  };
+  walk(b, whole, part);
   return add_lanes(total);
 }
 
 // exp(x) from exp(x / kPower).
 template <int kPower, class V>
 inline V power(V e) {
+  if constexpr (kPower == 0) return V{} + 1;
   if constexpr (kPower == 1) return e;
   if constexpr (kPower == 2) return e * e;
   if constexpr (kPower == 3) return e * e * e;
@@ -156,53 +241,70 @@ inline V power(V e) {
 template <class R>
 struct TaughtSums {
   Vector<R> other, student, teacher, gap;
+
+  void operator+=(const TaughtSums& s) {
+    other += s.other;
+    student += s.student;
+    teacher += s.teacher;
+    gap += s.gap;
+  }
+};
+
+template <class R>
+struct TaughtVector {
+  Vector<R> first, teacher, hard;
 };
 
 // kMode: see mode_of.
-// Structs come by value, so that the stores cannot be thought to change them.
 template <class R, int kMode>
-[[gnu::always_inline]] inline TaughtSums<R> sum_chain(const Scratch<R> s, int64_t at, int64_t begin,
-                                                      int64_t end, Vector<R> z_ref, Vector<R> u_ref,
-                                                      const Exponents<R> k, const Ahead ahead) {
+[[gnu::always_inline]] inline TaughtVector<R> taught_vector(Vector<R> x, Vector<R> u,
+                                                            const Exponents<R>& k,
+                                                            TaughtSums<R>& sum) {
   using V = Vector<R>;
   const V none = splat<V>(-std::numeric_limits<R>::infinity());
-  TaughtSums<R> sum = {};
-  for (int64_t c = begin; c < end; c += kLanes<R>) {
-    ahead.fetch_z(c);
-    ahead.fetch_u(c);
-    const V x = load(s.z + c) - z_ref, u = load(s.u + c) - u_ref;
-    const V soft = exp_of(x, k.soft), q = exp_of(u, k.soft);
-    V hard;
-    if constexpr (kMode == 0) {
-      hard = exp_of(x, k.hard);
-      store(s.hard + at + c, hard);
-    } else {
-      hard = power<kMode>(soft);
-    }
-    store(s.first + at + c, soft);
-    store(s.teacher + at + c, q);
-    sum.other += hard;
-    sum.student += soft;
-    sum.teacher += q;
-    sum.gap += u > none ? q * (u - x) : V{};
+  const V soft = exp_of(x, k.soft), q = exp_of(u, k.soft);
+  V hard;
+  if constexpr (kMode == 0) {
+    hard = exp_of(x, k.hard);
+  } else {
+    hard = power<kMode>(soft);
   }
-  return sum;
+  sum += {hard, soft, q, u > none ? q * (u - x) : V{}};
+  return {soft, q, hard};
 }
 
+// Structs come by value, so that the stores cannot be thought to change them.
 template <class R, int kMode>
-[[gnu::always_inline]] inline void add_taught(const Scratch<R>& s, int64_t at, int64_t n,
-                                              double z_top, double u_top, const Exponents<R>& k,
-                                              const Ahead& ahead, RowSums<double>& sums) {
-  const Vector<R> z_ref = splat<Vector<R>>(R(z_top)), u_ref = splat<Vector<R>>(R(u_top));
+[[gnu::always_inline]] inline void add_taught(const Block<R> b, const Exponentials<R> to,
+                                              double z_top, double u_top, const Exponents<R> k,
+                                              const Ahead ahead, RowSums<double>& sums) {
+  using V = Vector<R>;
+  const V z_ref = splat<V>(R(z_top)), u_ref = splat<V>(R(u_top));
   TaughtSums<R> total = {};
-  for (int64_t begin = 0; begin < n; begin += kChain * kLanes<R>) {
-    const int64_t end = n - begin < kChain * kLanes<R> ? n : begin + kChain * kLanes<R>;
-    const TaughtSums<R> sum = sum_chain<R, kMode>(s, at, begin, end, z_ref, u_ref, k, ahead);
-    total.other += sum.other;
-    total.student += sum.student;
-    total.teacher += sum.teacher;
-    total.gap += sum.gap;
-  }
+  const auto whole = [&](int64_t c, int64_t end) {
+    while (c < end) {
+      TaughtSums<R> sum = {};
+      for (const int64_t stop = chain_end<R>(c, end); c < stop; c += kLanes<R>) {
+        ahead.fetch_z(c);
+        ahead.fetch_u(c);
+        const auto e =
+            taught_vector<R, kMode>(load(b.z + c) - z_ref, load(b.u + c) - u_ref, k, sum);
+        store(to.first + c, e.first);
+        store(to.teacher + c, e.teacher);
+        if constexpr (kMode == 0) store(to.hard + c, e.hard);
+      }
+      total += sum;
+    }
+  };
+  const auto part = [&](int64_t c, int64_t count, int64_t hole) {
+    const V x = load_part(b.z + c, count, hole) - z_ref,
+            u = load_part(b.u + c, count, hole) - u_ref;
+    const auto e = taught_vector<R, kMode>(x, u, k, total);
+    store_part(to.first + c, e.first, count);
+    store_part(to.teacher + c, e.teacher, count);
+    if constexpr (kMode == 0) store_part(to.hard + c, e.hard, count);
+  };
+  walk(b, whole, part);
   sums.other += add_lanes(total.other);
   sums.student += add_lanes(total.student);
   sums.teacher += add_lanes(total.teacher);
@@ -210,9 +312,9 @@ template <class R, int kMode>
 }
 
 template <class R, int kMode>
-void sum_taught(const Scratch<R>& s, int64_t at, int64_t n, double z_top, double u_top,
+void sum_taught(const Block<R>& b, const Exponentials<R>& to, double z_top, double u_top,
                 const Exponents<R>& k, const Ahead& ahead, RowSums<double>& sums) {
-  add_taught<R, kMode>(s, at, n, z_top, u_top, k, ahead, sums);
+  add_taught<R, kMode>(b, to, z_top, u_top, k, ahead, sums);
 }
 
 template <class R>
@@ -220,41 +322,40 @@ struct Coefficients {
   R hard, soft, teacher, smooth;
 };
 
-// Gradient of n classes whose exponentials lie at `at` in the scratch, into `to`.
 template <class T, int kMode>
-inline Vector<RealOf<T>> gradient_at(const Scratch<RealOf<T>>& s, int64_t c,
+inline Vector<RealOf<T>> gradient_at(const Exponentials<RealOf<T>>& e, int64_t c,
                                      const Coefficients<RealOf<T>>& k) {
-  const auto first = load(s.first + c);
+  const auto first = load(e.first + c);
   if constexpr (kMode == kFresh) {
     return first * k.hard - k.smooth;
   } else {
-    const auto drift = first * k.soft - load(s.teacher + c) * k.teacher - k.smooth;
+    const auto pull = load(e.teacher + c) * k.teacher + k.smooth;
     if constexpr (kMode == 0) {
-      return load(s.hard + c) * k.hard + drift;
+      return load(e.hard + c) * k.hard + (first * k.soft - pull);
     } else {
-      return power<kMode>(first) * k.hard + drift;
+      return first * (power<kMode - 1>(first) * k.hard + k.soft) - pull;
     }
   }
 }
 
+// Of classes [begin, end), into `row`, which may be where e.first is.
 template <class T, int kMode, bool kStream>
-void write_gradient(const Scratch<RealOf<T>>& s, int64_t begin, int64_t end,
+void write_gradient(const Exponentials<RealOf<T>>& e, int64_t begin, int64_t end,
                     const Coefficients<RealOf<T>>& k, void* row) {
   constexpr int64_t lanes = kLanes<RealOf<T>>;
   T* to = static_cast<T*>(row);
   int64_t c = begin;
-  if constexpr (kStream) {
-    constexpr uintptr_t bytes = lanes * sizeof(T);
-    const int64_t head = int64_t(-reinterpret_cast<uintptr_t>(to + c) % bytes / sizeof(T));
-    if (head && c + head <= end) {
-      store_some(to + c, gradient_at<T, kMode>(s, c, k), head);
-      c += head;
-    }
-    for (; c + lanes <= end; c += lanes) stream(to + c, gradient_at<T, kMode>(s, c, k));
-  } else {
-    for (; c + lanes <= end; c += lanes) store(to + c, gradient_at<T, kMode>(s, c, k));
+  const int64_t head = head_of(to + c, lanes * sizeof(T));
+  if (head > 0 && c + head + lanes <= end) {
+    store_some(to + c, gradient_at<T, kMode>(e, c, k), head);
+    c += head;
   }
-  if (c < end) store_some(to + c, gradient_at<T, kMode>(s, c, k), end - c);
+  if constexpr (kStream) {
+    if (head_of(to + c, lanes * sizeof(T)) == 0)
+      for (; c + lanes <= end; c += lanes) stream(to + c, gradient_at<T, kMode>(e, c, k));
+  }
+  for (; c + lanes <= end; c += lanes) store(to + c, gradient_at<T, kMode>(e, c, k));
+  if (c < end) store_some(to + c, gradient_at<T, kMode>(e, c, k), end - c);
 }
 
 void copy_bytes(char* to, const char* from, int64_t n, bool past_caches) {
@@ -271,12 +372,13 @@ void copy_bytes(char* to, const char* from, int64_t n, bool past_caches) {
 // ---- what depends on the types ----
 
 template <class R>
-using LoadBlock = R (*)(const void*, int64_t, R*);
+using LoadBlock = Loaded<R> (*)(const void*, int64_t, R*);
 template <class R>
-using SumTaught = void (*)(const Scratch<R>&, int64_t, int64_t, double, double, const Exponents<R>&,
-                           const Ahead&, RowSums<double>&);
+using SumTaught = void (*)(const Block<R>&, const Exponentials<R>&, double, double,
+                           const Exponents<R>&, const Ahead&, RowSums<double>&);
 template <class R>
-using WriteGradient = void (*)(const Scratch<R>&, int64_t, int64_t, const Coefficients<R>&, void*);
+using WriteGradient = void (*)(const Exponentials<R>&, int64_t, int64_t, const Coefficients<R>&,
+                               void*);
 
 template <class R>
 constexpr SumTaught<R> kSumTaught[] = {sum_taught<R, 0>, sum_taught<R, 1>, sum_taught<R, 2>,

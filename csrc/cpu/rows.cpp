@@ -1,11 +1,11 @@
 // The row kernels: loss and gradient of one row after the other, equations (1) to (6) of
 // dlb_fused/reference.py.
 //
-// A row is read once, in blocks that stay in L1. Each block is converted into a buffer padded with
-// -inf to whole vectors, its exponentials are taken against the maximum so far and stored, and the
-// sums are rescaled when the maximum rises. The gradient is then a combination of the stored
-// exponentials. The label's class is taken out of the buffers before they are summed and added as a
-// scalar: (5) needs the sum over the other classes, and no digits may cancel.
+// A row is read once, in blocks that stay in L1. The exponentials of a block are taken against the
+// maximum so far and stored, where they can in the gradient's own place, and the sums are rescaled
+// when the maximum rises. The gradient is then a combination of the stored exponentials. The
+// label's class is left out of the sums and added as a scalar: (5) needs the sum over the other
+// classes, and no digits may cancel.
 //
 // Rows of one block without further options go through short_rows.h, several at a time.
 //
@@ -29,6 +29,7 @@ namespace {
 template <class T>
 class RowKernel {
   using R = RealOf<T>;
+  static constexpr bool kDirect = std::is_same_v<T, R>;  // nothing needs to be converted
 
  public:
   RowKernel(const DlbJob& job, char* scratch)
@@ -69,11 +70,11 @@ class RowKernel {
     if (cached_ >= 0) {
       R top = -std::numeric_limits<R>::infinity();
       bool nan = false;
-      for (int64_t at = 0; at < a_.C; at += kDlbBlock) {
-        const int64_t n = block_length(at);
-        const R block_top = load_block<T>(z_ + at, n, s_.z);
-        top = block_top > top ? block_top : top;
-        nan = nan || has_nan(s_.z, n);
+      for (int64_t at = 0, n; at < a_.C; at += n) {
+        n = block_length(at);
+        const Loaded<R> z = load_block<T>(z_ + at, n, s_.z);
+        top = z.top > top ? z.top : top;
+        nan = nan || has_nan(z.at, n);
         cache_block(at, n);
       }
       finish_cache(!nan && std::isfinite(top));
@@ -82,7 +83,11 @@ class RowKernel {
     if (job_.row_ce) put_losses(0, 0, 0);
   }
 
-  int64_t block_length(int64_t at) const { return a_.C - at < kDlbBlock ? a_.C - at : kDlbBlock; }
+  // The first is longer by what comes before the first whole vector.
+  int64_t block_length(int64_t at) const {
+    const int64_t n = kDlbBlock + (at == 0 ? head_ : 0);
+    return a_.C - at < n ? a_.C - at : n;
+  }
 
   void cache_block(int64_t at, int64_t n) const {
     if (cached_ < 0 || !a_.next_logits) return;
@@ -108,6 +113,7 @@ class RowKernel {
     if (u_) set_temperature(setting(a_.temperatures, a_.temperature_step, a_.temperature));
     if (a_.weight) set_target(dlb_real(a_, a_.weight, label_));
     choose_mode();
+    place_exponentials();
     sum_row();
     finish_cache(std::isfinite(z_top_) && sums_.other + sums_.e_y < INFINITY);
     const double alpha = u_ ? setting(a_.alphas, a_.alpha_step, a_.alpha) : 0;
@@ -133,28 +139,40 @@ class RowKernel {
 
   void choose_mode() { mode_ = !u_ ? kFresh : weighted_smoothing() ? 0 : mode_of(temperature_); }
 
+  // In the gradient's place, where that has their type and is not written past the caches.
+  // Elsewhere vectors begin as in the row of logits.
+  void place_exponentials() {
+    head_ = 0;
+    e_ = {s_.first, s_.teacher, s_.hard};
+    if constexpr (kDirect) {
+      head_ = row_head<R>(row_, a_.logits_stride);
+      e_ = e_.from((kLanes<R> - head_) % kLanes<R>);
+      if (a_.dlogits && !job_.stream) e_.first = gradient_row();
+    }
+  }
+
   void sum_row() {
     constexpr double infinity = std::numeric_limits<double>::infinity();
     sums_ = {};
     z_top_ = u_top_ = -infinity;
     z_y_ = u_y_ = weight_so_far_ = 0;
     runs_ = 0;
-    for (int64_t at = 0; at < a_.C; at += kDlbBlock) {
-      const int64_t n = block_length(at);
-      const double z_top = load_block<T>(z_ + at, n, s_.z);
-      const double u_top =
-          u_ ? load_teacher_(u_ + at * size_of(a_.last_dtype), n, s_.u) : -infinity;
+    for (int64_t at = 0, n; at < a_.C; at += n) {
+      n = block_length(at);
+      const Loaded<R> z = load_block<T>(z_ + at, n, s_.z);
+      Loaded<R> u = {nullptr, -std::numeric_limits<R>::infinity()};
+      if (u_) u = load_teacher_(u_ + at * size_of(a_.last_dtype), n, s_.u);
       cache_block(at, n);
-      raise_tops(at, z_top, u_top);
-      if (target_.smooth > 0) add_smoothing(at, n);
-      take_label_out(at, n);
-      const int64_t to = a_.dlogits ? at : 0;
-      const Ahead ahead = ahead_of(at + kDlbBlock);
+      raise_tops(at, z.top, u.top);
+      if (target_.smooth > 0) add_smoothing(z.at, at, n);
+      const Block<R> block = {z.at, u.at, n, at == 0 ? head_ : 0, find_label(z.at, u.at, at, n)};
+      const auto to = e_.from(a_.dlogits ? at : at % kLanes<R>);
+      const Ahead ahead = ahead_of(at + n);
       const double z_ref = reference(z_top_), u_ref = reference(u_top_);
       if (u_) {
-        kSumTaught<R>[mode_](s_, to, n, z_ref, u_ref, exponents_, ahead, sums_);
+        kSumTaught<R>[mode_](block, to, z_ref, u_ref, exponents_, ahead, sums_);
       } else {
-        sums_.other += sum_fresh(s_.z, n, z_ref, exponents_, ahead, s_.first + to);
+        sums_.other += sum_fresh(block, z_ref, exponents_, ahead, to.first);
       }
     }
     put_label_in();
@@ -186,27 +204,26 @@ class RowKernel {
   }
 
   // A class of weight 0 adds nothing, even where its logit is -inf.
-  void add_smoothing(int64_t at, int64_t n) {
+  void add_smoothing(const R* z, int64_t at, int64_t n) {
     const R* weight = a_.weight ? static_cast<const R*>(a_.weight) + at : nullptr;
     const R top = R(reference(z_top_));
     double sum = 0, weights = 0;
     for (int64_t c = 0; c < n; ++c) {
       const R w = weight ? weight[c] : 1;
-      sum += w == 0 ? 0 : w * (s_.z[c] - top);
+      sum += w == 0 ? 0 : w * (z[c] - top);
       weights += w;
     }
     sums_.smooth += sum;
     weight_so_far_ += weights;
   }
 
-  void take_label_out(int64_t at, int64_t n) {
+  // The label's place in the block from `at`, or -1.
+  int64_t find_label(const R* z, const R* u, int64_t at, int64_t n) {
     const int64_t c = label_ - at;
-    if (c < 0 || c >= n) return;
-    z_y_ = s_.z[c];
-    s_.z[c] = -std::numeric_limits<R>::infinity();
-    if (!u_) return;
-    u_y_ = s_.u[c];
-    s_.u[c] = -std::numeric_limits<R>::infinity();
+    if (c < 0 || c >= n) return -1;
+    z_y_ = z[c];
+    if (u_) u_y_ = u[c];
+    return c;
   }
 
   void put_label_in() {
@@ -244,7 +261,7 @@ class RowKernel {
       }
       if (weighted_smoothing()) weigh(run.begin, run_end, k);
       const int mode = mode_ - kFresh;
-      (job_.stream ? kWriteGradient<T, true> : kWriteGradient<T, false>)[mode](s_, run.begin,
+      (job_.stream ? kWriteGradient<T, true> : kWriteGradient<T, false>)[mode](e_, run.begin,
                                                                                run_end, k, to);
     }
     double label = ce * row_label_gradient(sums_, target_);
@@ -254,7 +271,7 @@ class RowKernel {
 
   // Puts the weights of the smoothing part into the stored exponentials.
   void weigh(int64_t begin, int64_t end, Coefficients<R>& k) const {
-    R* e = u_ ? s_.hard : s_.first;
+    R* e = u_ ? e_.hard : e_.first;
     const R* w = static_cast<const R*>(a_.weight);
     for (int64_t c = begin; c < end; ++c) e[c] = e[c] * k.hard - w[c] * k.smooth;
     k.hard = 1;
@@ -266,6 +283,8 @@ class RowKernel {
   const Scratch<R> s_;
   const LoadBlock<R> load_teacher_;
 
+  Exponentials<R> e_ = {};
+  int64_t head_ = 0;  // classes before the first whole vector
   int64_t row_ = 0, label_ = 0;
   int64_t cached_ = -1;  // row of the next cache that is still to be written
   const T* z_ = nullptr;

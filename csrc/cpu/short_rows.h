@@ -9,6 +9,8 @@ namespace {
 static_assert(kDlbBatch % kLanes<double> == 0, "a batch is whole vectors");
 static_assert(kDlbBlock <= kDlbShortElements, "a batch is one row at least");
 
+constexpr int64_t kAlignElements = 256;  // shorter rows begin with whole vectors, aligned or not
+
 // One number for each row of a batch.
 struct Column {
   alignas(64) double rows[kDlbBatch] = {};  // what no row has set must not be slow to compute with
@@ -25,32 +27,28 @@ struct Batch {
   bool taught;
   int size = 0;
   int64_t row[kDlbBatch];
+  Block<R> block[kDlbBatch];
+  Exponentials<R> e[kDlbBatch];
   Ahead ahead[kDlbBatch];
   Column z_top, u_top, z_y, u_y;             // as loaded
   Column other, student, teacher, gap;       // sums without the label's class
   Column sum, ce, kl, hard, soft, q, label;  // what follows from these, see solve
 
-  // Exponentials take the place of the logits.
-  Scratch<R> scratch(int j, int64_t width) const {
-    Scratch<R> s = {};
-    s.z = s.first = buffers + j * width;
-    s.u = s.teacher = s.z + kDlbShortElements;
-    s.hard = s.u + kDlbShortElements;
-    return s;
+  // Exponentials take the place of logits that were converted.
+  Exponentials<R> buffers_of(int j, int64_t width) const {
+    R* first = buffers + j * width;
+    return {first, first + kDlbShortElements, first + 2 * kDlbShortElements};
   }
 };
 
-// The label was taken out since the rows were loaded: an element that has just been stored cannot
-// be read back as a part of a vector without a wait.
 template <class R, int kMode>
-void sum_batch(Batch<R>& b, int64_t n, int64_t width, const Exponents<R> k) {
+void sum_batch(Batch<R>& b, const Exponents<R> k) {
   for (int j = 0; j < b.size; ++j) {
-    const Scratch<R> s = b.scratch(j, width);
     if constexpr (kMode == kFresh) {
-      b.other[j] = sum_fresh(s.z, n, b.z_top[j], k, b.ahead[j], s.first);
+      b.other[j] = sum_fresh(b.block[j], b.z_top[j], k, b.ahead[j], b.e[j].first);
     } else {
       RowSums<double> sums = {};
-      add_taught<R, kMode>(s, 0, n, b.z_top[j], b.u_top[j], k, b.ahead[j], sums);
+      add_taught<R, kMode>(b.block[j], b.e[j], b.z_top[j], b.u_top[j], k, b.ahead[j], sums);
       b.other[j] = sums.other;
       b.student[j] = sums.student;
       b.teacher[j] = sums.teacher;
@@ -60,7 +58,7 @@ void sum_batch(Batch<R>& b, int64_t n, int64_t width, const Exponents<R> k) {
 }
 
 template <class R>
-using SumBatch = void (*)(Batch<R>&, int64_t, int64_t, Exponents<R>);
+using SumBatch = void (*)(Batch<R>&, Exponents<R>);
 template <class R>
 constexpr SumBatch<R> kSumBatch[] = {sum_batch<R, kFresh>, sum_batch<R, 0>, sum_batch<R, 1>,
                                      sum_batch<R, 2>,      sum_batch<R, 3>, sum_batch<R, 4>};
@@ -85,6 +83,7 @@ class ShortRows {
         temperature_(a_.temperatures ? dlb_real(a_, a_.temperatures, 0) : a_.temperature),
         alpha_(a_.alphas ? dlb_real(a_, a_.alphas, 0) : a_.alpha),
         taught_mode_(mode_of(temperature_)),
+        in_place_(a_.dlogits && a_.dlogits != a_.logits && !job.stream),
         exponents_(temperature_),
         load_teacher_(loader<R>(a_.last_dtype)) {
     R* buffers = reinterpret_cast<R*>(scratch);
@@ -116,36 +115,45 @@ class ShortRows {
   int mode(const Batch<R>& b) const { return (b.taught ? taught_mode_ : kFresh) - kFresh; }
 
   void add(Batch<R>& b, int64_t i, int64_t t) {
-    constexpr R none = -std::numeric_limits<R>::infinity();
-    const T* z = static_cast<const T*>(a_.logits) + i * a_.logits_stride;
+    const T* row = static_cast<const T*>(a_.logits) + i * a_.logits_stride;
     const int j = b.size++;
-    const int64_t label = a_.labels[i];
-    const Scratch<R> s = b.scratch(j, width_);
+    const int64_t label = a_.labels[i], row_bytes = a_.C * int64_t(sizeof(T));
     b.row[j] = i;
-    const int64_t z_size = sizeof(T);
-    const int64_t z_next = capacity_ * a_.logits_stride * z_size;
-    b.ahead[j] = {reinterpret_cast<uintptr_t>(z) + z_next, 0, z_size, 0};
-    b.z_top[j] = load_block<T>(z, a_.C, s.z);
-    b.z_y[j] = s.z[label];
-    s.z[label] = none;
+    b.e[j] = b.buffers_of(j, width_);
+    const int64_t z_next = capacity_ * a_.logits_stride * int64_t(sizeof(T));
+    b.ahead[j] = {reinterpret_cast<uintptr_t>(row) + z_next, 0, sizeof(T), 0};
+    const Loaded<R> z = load_block<T>(row, a_.C, b.e[j].first);
+    b.block[j] = {z.at, nullptr, a_.C, 0, label};
+    b.z_top[j] = z.top;
+    b.z_y[j] = z.at[label];
     const int64_t cached = i - (a_.B - a_.fresh);
     if (cached >= 0 && a_.next_logits)
-      copy_bytes(static_cast<char*>(a_.next_logits) + cached * a_.C * int64_t(sizeof(T)),
-                 reinterpret_cast<const char*>(z), a_.C * int64_t(sizeof(T)), job_.stream);
-    if (!b.taught) return;
-    const int64_t size = size_of(a_.last_dtype), stride = a_.last_stride * size;
-    const char* u = static_cast<const char*>(a_.last_logits) + t * stride;
-    b.ahead[j].u = reinterpret_cast<uintptr_t>(u) + capacity_ * stride;
-    b.ahead[j].u_size = size;
-    b.u_top[j] = load_teacher_(u, a_.C, s.u);
-    b.u_y[j] = s.u[label];
-    s.u[label] = none;
+      copy_bytes(static_cast<char*>(a_.next_logits) + cached * row_bytes,
+                 reinterpret_cast<const char*>(row), row_bytes, job_.stream);
+    if (b.taught) add_teacher(b, j, t);
+    if constexpr (std::is_same_v<T, R>) {
+      if (in_place_) b.e[j].first = gradient_row(i);
+      if (a_.C >= kAlignElements) b.block[j].head = row_head<R>(i, a_.logits_stride);
+    }
   }
+
+  void add_teacher(Batch<R>& b, int j, int64_t t) const {
+    const int64_t size = size_of(a_.last_dtype), stride = a_.last_stride * size;
+    const char* row = static_cast<const char*>(a_.last_logits) + t * stride;
+    b.ahead[j].u = reinterpret_cast<uintptr_t>(row) + capacity_ * stride;
+    b.ahead[j].u_size = size;
+    const Loaded<R> u = load_teacher_(row, a_.C, b.e[j].teacher);
+    b.block[j].u = u.at;
+    b.u_top[j] = u.top;
+    b.u_y[j] = u.at[b.block[j].label];
+  }
+
+  T* gradient_row(int64_t i) const { return static_cast<T*>(a_.dlogits) + i * a_.dlogits_stride; }
 
   template <class Slow>
   void finish(Batch<R>& b, Slow slow) {
     if (b.size == 0) return;
-    kSumBatch<R>[mode(b)](b, a_.C, width_, exponents_);
+    kSumBatch<R>[mode(b)](b, exponents_);
     for (int j = 0; j < b.size; j += kLanes<double>) solve(b, j);
     for (int j = 0; j < b.size; ++j) {
       if (std::isfinite(b.sum[j])) {
@@ -196,10 +204,10 @@ class ShortRows {
       }
     }
     if (!a_.dlogits) return;
-    T* to = static_cast<T*>(a_.dlogits) + i * a_.dlogits_stride;
+    T* to = gradient_row(i);
     const Coefficients<R> k = {R(b.hard[j]), R(b.soft[j]), R(b.q[j]), 0};
-    (job_.stream ? kWriteGradient<T, true> : kWriteGradient<T, false>)[mode(b)](
-        b.scratch(j, width_), 0, a_.C, k, to);
+    (job_.stream ? kWriteGradient<T, true> : kWriteGradient<T, false>)[mode(b)](b.e[j], 0, a_.C, k,
+                                                                                to);
     store_one(to + a_.labels[i], R(b.label[j]));
   }
 
@@ -209,6 +217,7 @@ class ShortRows {
   const int capacity_;
   const double temperature_, alpha_;
   const int taught_mode_;
+  const bool in_place_;  // exponentials in the gradient's place; `slow` must find the logits
   const Exponents<R> exponents_;
   const LoadBlock<R> load_teacher_;
   const Exponent<VD, double> hard_{kLog2E}, soft_{kLog2E / temperature_};

@@ -234,6 +234,19 @@ inline void store_some(T* p, Vector<RealOf<T>> v, int64_t n) {
 #endif
 }
 
+// v with x in one lane; as it is, if there is no such lane.
+inline VF put_lane(VF v, int64_t lane, float x) {
+  using VI = Vector<int32_t>;
+  alignas(64) constexpr int32_t numbers[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                               8, 9, 10, 11, 12, 13, 14, 15};
+  return bits_from<VI>(numbers) == int32_t(lane) ? splat<VF>(x) : v;
+}
+
+inline VD put_lane(VD v, int64_t lane, double x) {
+  alignas(64) constexpr int64_t numbers[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  return bits_from<Vector<int64_t>>(numbers) == lane ? splat<VD>(x) : v;
+}
+
 // ---- stores past the caches, for outputs that no cache could hold; p must be aligned ----
 
 #if defined(__AVX512F__)
@@ -310,6 +323,26 @@ inline VD exp2_fraction(VD r) {
   return p * r + 1.0;
 }
 
+#if defined(__AVX512F__)
+// Sixteenths: 2^(j / 16) comes from one register, so a shorter polynomial does. `magic` leaves
+// 16 times the biased exponent + j in the low bits; j's own bits, which the shift also moves into
+// the result, are taken off in the table. Relative error 1.6e-7.
+inline VF exp_of(VF x, const Exponent<VF, float>& e) {
+  constexpr float magic = 0x1.8p19f + 127;
+  constexpr VU powers = {0x00000000, 0xfffdaac3, 0xfffb95c2, 0xfff9c3d3, 0xfff837f0, 0xfff6f532,
+                         0xfff5fed7, 0xfff5583f, 0xfff504f3, 0xfff508a4, 0xfff5672a, 0xfff6248c,
+                         0xfff744fd, 0xfff8ccdf, 0xfffac0c7, 0xfffd257d};
+  x = max_else_second(e.low, x);
+  const VF shifted = x * e.k + magic;
+  const VF r = x * e.k_rest + (x * e.k - (shifted - magic));
+  const __m512i bits = (__m512i)bit_cast<VU>(shifted);
+  const VU power = (VU)_mm512_permutexvar_epi32(bits, (__m512i)powers) + ((VU)bits << 19);
+  VF p = 5.5502135e-2f + VF{};
+  p = p * r + 2.4023429e-1f;
+  p = p * r + 6.931472e-1f;
+  return (p * r + 1.0f) * bit_cast<VF>(power);
+}
+#else
 // Adding `magic` rounds to an integer and leaves the biased exponent in the low bits. Below the
 // normal range the exponent field is 0, so the result is exactly 0. NaN stays NaN.
 inline VF exp_of(VF x, const Exponent<VF, float>& e) {
@@ -324,6 +357,7 @@ inline VF exp_of(VF x, const Exponent<VF, float>& e) {
 #endif
   return exp2_fraction(r) * bit_cast<VF>(bit_cast<VU>(shifted) << 23);
 }
+#endif
 
 inline VD exp_of(VD x, const Exponent<VD, double>& e) {
   constexpr double magic = 0x1.8p52 + 1023;
