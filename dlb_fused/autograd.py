@@ -61,7 +61,7 @@ class DLBLossFunction(Function):
         if teacher is not None and teacher.is_inference():  # autograd refuses to save these
             ctx.inference_teacher, teacher = teacher, None
         options = (args.weight, args.temperature, args.alpha, args.grad_scale)
-        read = [x for x in options if isinstance(x, Tensor)]
+        read = [x for x in options if x is not None and type(x) is not float]
         ctx.save_for_backward(logits, args.labels, teacher, out.parts, out.dlogits, *read)
         ctx.rest, ctx.module, ctx.grad_scale, ctx.used = args[3:], module, args.grad_scale, False
         return out.loss

@@ -30,7 +30,8 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
             f"labels must have shape ({len(logits)},), one for each row of logits, "
             f"got {tuple(labels.shape)}"
         )
-    check_device("labels", labels, logits)
+    if labels.device != logits.device:
+        check_device("labels", labels, logits)
 
 
 def check_last_logits(last_logits: Tensor, logits: Tensor) -> Tensor:
@@ -58,8 +59,9 @@ def check_last_logits(last_logits: Tensor, logits: Tensor) -> Tensor:
         )
     if last_logits.requires_grad:
         raise ValueError("last_logits requires grad, but no gradient flows to it: pass it detached")
-    check_device("last_logits", last_logits, logits)
-    return rows_contiguous(last_logits)
+    if last_logits.device != logits.device:
+        check_device("last_logits", last_logits, logits)
+    return last_logits if last_logits.is_contiguous() else rows_contiguous(last_logits)
 
 
 def check_ids(ids: Tensor, logits: Tensor) -> None:
@@ -87,6 +89,15 @@ def check_options(
     grad_scale: float | Tensor | None,
 ) -> tuple[Any, ...]:
     """The fields weight ... grad_scale of `LossArgs`, in that order."""
+    if (  # the commonest call, without a dozen function calls
+        weight is normalizer is grad_scale is None
+        and type(temperature) is type(alpha) is type(label_smoothing) is float
+        and type(ignore_index) is int
+        and 0 < temperature < math.inf
+        and 0 <= alpha < math.inf
+        and 0 <= label_smoothing <= 1
+    ):
+        return None, ignore_index, label_smoothing, temperature, alpha, None, None, 1.0
     ce_count, kl_count = (
         (None, None) if normalizer is None else check_normalizer(normalizer, logits)
     )
