@@ -35,7 +35,7 @@ static: .venv/static
 	$(BIN)/python scripts/static_report.py
 
 bench: .venv/test
-	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python benchmarks/bench_loss.py --device auto
 
 gpu:
 	$(PYTHON) benchmarks/gpu_report.py $(if $(REHEARSE),--rehearse) $(if $(OUT),--out '$(OUT)') \
