@@ -92,7 +92,7 @@ CUDA_SHAPES = [(128, 10), (1024, 10), (256, 100), (1024, 100), (256, 200), (256,
                (512, 262144)]  # fmt: skip
 QUICK_SHAPES = [(8, 10), (256, 100), (256, 1000), (64, 32000)]
 HOST_CASE = ("float32", 8, 10)
-# All shapes in the first dtypes, and in the others those of these classes.
+# All shapes in these dtypes, and in the others one for each of these numbers of classes.
 ALL_SHAPES_IN = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}
 SOME_CLASSES = (100, 1000, 21841, 50257)
 
@@ -417,7 +417,8 @@ def run(settings: Settings, variants: Sequence[Variant] | None, console: Console
         # A profiler's first record may lack something.
         count(partial(torch.ones, 1, device=settings.device), settings.device)
     report, todo = Report(settings), list(settings.cases)
-    end, longest = time.monotonic() + (settings.seconds or math.inf), 0.0
+    end = time.monotonic() + (math.inf if settings.seconds is None else settings.seconds)
+    longest = 0.0
     if settings.seconds is not None:  # some from all over the list first
         todo = [case for k in range(3) for case in todo[k::3]]
     with Progress(console=console) as progress:
@@ -465,11 +466,13 @@ def parse_dtypes(text: str) -> list[str]:
 
 
 def default_cases(device: str) -> list[Case]:
+    """Every shape in some dtypes; in the others one shape of some classes."""
     shapes = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
+    first = {C: (B, C) for B, C in reversed(shapes)}
+    few = [first[C] for C in SOME_CLASSES]
     full = ALL_SHAPES_IN[device]
-    cases = [(dtype, B, C) for dtype in full for B, C in shapes]
-    rest = [dtype for dtype in KERNEL_TOLERANCE if dtype not in full]
-    return cases + [(d, B, C) for d in rest for B, C in shapes if C in SOME_CLASSES and B < 1024]
+    order = full + [dtype for dtype in KERNEL_TOLERANCE if dtype not in full]
+    return [(dtype, B, C) for dtype in order for B, C in (shapes if dtype in full else few)]
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Settings, Path]:

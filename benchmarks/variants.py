@@ -220,9 +220,10 @@ class Empty(Function):
     and saved tensors, one output, and in backward a gradient that is there already."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, saved: Any, loss: Tensor, rest: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, args: Any, module: Any, box: Any) -> Tensor:  # type: ignore[override]
+        loss, saved = args
         ctx.save_for_backward(logits, *saved)
-        ctx.rest, ctx.used = rest, False
+        ctx.rest, ctx.used = args, False
         return loss.detach()  # a new tensor over the same number
 
     @staticmethod
@@ -237,8 +238,8 @@ _apply_empty = super(Function, Empty).apply  # type: ignore[misc]  # called as o
 
 def empty(x: Inputs) -> Call:
     loss, parts = torch.zeros((), device=x.logits.device), torch.zeros(4, device=x.logits.device)
-    saved = (x.labels, x.last_logits, parts, torch.zeros_like(x.logits))
-    return Call(partial(_apply_empty, x.logits, saved, loss, None), (x.logits,))
+    args = loss, (x.labels, x.last_logits, parts, torch.zeros_like(x.logits))
+    return Call(partial(_apply_empty, x.logits, args, None, None), (x.logits,))
 
 
 EMPTY = Variant("empty Function", empty, "an autograd Function that does nothing", "nothing")
