@@ -49,6 +49,7 @@ from typing import NamedTuple
 import torch
 from bars import judge, table_of_bars
 from gpu_machine import Gpu
+from pictures import draw
 from report import (
     BACKWARD,
     COLD,
@@ -58,11 +59,13 @@ from report import (
     REFERENCES,
     ROOT,
     SCALE,
+    SOME_CLASSES,
     Case,
     Report,
     Result,
     Settings,
     Timing,
+    caption,
     table_of,
     table_of_host,
     write,
@@ -92,9 +95,8 @@ CUDA_SHAPES = [(128, 10), (1024, 10), (256, 100), (1024, 100), (256, 200), (256,
                (512, 262144)]  # fmt: skip
 QUICK_SHAPES = [(8, 10), (256, 100), (256, 1000), (64, 32000)]
 HOST_CASE = ("float32", 8, 10)
-# All shapes in these dtypes, and in the others one for each of these numbers of classes.
+# All shapes in these dtypes, in the others one for each of SOME_CLASSES.
 ALL_SHAPES_IN = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}
-SOME_CLASSES = (100, 1000, 21841, 50257)
 
 # Relative error allowed to a kernel of ours (L2 of the gradient), and, of gradient and loss, to
 # other programs, which compute in the dtype of the logits.
@@ -515,6 +517,7 @@ def main(argv: Sequence[str] | None = None, variants: Sequence[Variant] | None =
     for line in report.not_ok():
         console.print(line, style="red", markup=False)
     path = write(report, out, [v._asdict() for v in verdicts])
+    draw(report.results, caption(settings), path)
     console.print(f"written: {path}", markup=False, soft_wrap=True)
     return int(report.refused())
 

@@ -26,6 +26,8 @@ from torch.autograd import Function
 from dlb_fused import DLBLoss, backends, dlb_loss
 from dlb_fused.reference import dlb_loss_naive
 
+LOSSES = ("dlb", "dlb+cache", "ce")
+
 
 class Inputs(NamedTuple):
     """labels[m:] repeat labels[:m], and last_logits copy logits[m:]: so a `DLBLoss` that is called
@@ -48,13 +50,13 @@ class Variant:
     name: str
     make: Callable[[Inputs], Call]
     note: str = ""
-    work: str = "dlb"  # what it computes and moves: "dlb", "dlb+cache", "ce", "copy" or "nothing"
+    work: str = "dlb"  # what it computes and moves, a word that `ideal_bytes` knows
     ours: bool = False  # held to the tolerance of a kernel, and a failure is an error
     modes: tuple[str, ...] = tuple(MODES)
 
     @property
     def is_loss(self) -> bool:
-        return self.work in ("dlb", "dlb+cache", "ce")
+        return self.work in LOSSES
 
 
 def make_inputs(B: int, C: int, dtype: str, device: str) -> Inputs:
@@ -69,12 +71,10 @@ def ideal_bytes(
 ) -> int:
     """Bytes of all matrices of C columns: read logits and last_logits, write the gradient and the
     cache of the fresh rows. For n = m = B/2: 5·n·C·itemsize, with the cache 6."""
-    if work == "nothing":
-        return 0
-    rows = B if work == "ce" else B + m
-    if backward or work == "copy":
-        rows += 2 * B - m if work == "dlb+cache" else B
-    return rows * C * itemsize
+    rows = {"dlb": B + m, "dlb+cache": B + m, "ce": B, "copy": 2 * B + m, "clone": 2 * B}
+    if backward and work in LOSSES:
+        rows[work] += 2 * B - m if work == "dlb+cache" else B
+    return rows.get(work, 0) * C * itemsize
 
 
 # ---- stock PyTorch -----------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def fla(x: Inputs) -> Call:
 PEERS = {
     "liger_kernel": [
         Variant("liger", liger, "Liger's CE + KLDiv; CE on a copy, since it overwrites its input"),
-        Variant("copy[liger]", clone, "that copy alone: what it adds to liger", "copy"),
+        Variant("copy[liger]", clone, "that copy alone: what it adds to liger", "clone"),
     ],
     "quack": [Variant("cross_entropy[quack]", quack, "quack's CE alone, no KL", "ce")],
     "fla": [Variant("cross_entropy[fla]", fla, "flash-linear-attention's CE, no KL", "ce")],
@@ -208,11 +208,15 @@ def module(x: Inputs) -> Call:
 
 
 def copy(fresh: bool, x: Inputs) -> Call:
-    """Reads one half of the ideal bytes of dlb_loss and writes the other."""
+    """Reads one half of the ideal bytes of dlb_loss and writes the other. Fresh memory comes in the
+    size of the gradient: for some sizes the allocator takes new pages, for some it has old ones."""
     B, C = x.logits.shape
     size = ideal_bytes(B, C, len(x.last_logits), x.logits.element_size())
     source = torch.ones(max(size // 8, 1), device=x.logits.device)
-    return Call(source.clone if fresh else partial(torch.empty_like(source).copy_, source), ())
+    if not fresh:
+        return Call(partial(torch.empty_like(source).copy_, source), ())
+    parts = source.split(max(x.logits.nbytes // 4, 1))
+    return Call(lambda: [part.clone() for part in parts], ())  # type: ignore[arg-type]
 
 
 class Empty(Function):

@@ -87,6 +87,7 @@ def test_ideal_bytes(bench: ModuleType) -> None:
         ("ce", False, 2),
         ("copy", True, 5),
         ("copy", False, 5),
+        ("clone", True, 4),
         ("nothing", True, 0),
     ]:
         assert bench.ideal_bytes(256, 100, 128, 4, work, backward) == units * unit
