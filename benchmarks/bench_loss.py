@@ -20,8 +20,8 @@ as many threads into memory that is used again; "copy[fresh]" into new memory, a
 
 Operations: on a GPU the kernels that a step launches and the calls in which the host waits; on a
 CPU the aten operations that a step dispatches (not what runs inside a compiled or fused kernel) and
-the values that the host reads, each of which would be a wait on a GPU. (There dlb_loss reads its
-upstream gradient on a CPU only, where that is no wait.)
+the values that the host reads, each of which would be a wait on a GPU. (dlb_loss reads its upstream
+gradient on a CPU only, where that is no wait.)
 """
 
 from __future__ import annotations
@@ -148,10 +148,10 @@ def find_truth(x: Inputs, work: str) -> Truth:
     return Truth(*truth, *map(relative_error, at(torch.float32), truth))
 
 
-def upstream_of(call: Call) -> Tensor:
-    """A loss scale as the gradient from above, in the dtype of the loss."""
+def upstream_of(call: Call, scale: float = SCALE) -> Tensor:
+    """The gradient from above, in the dtype of the loss."""
     with torch.no_grad():
-        return torch.full_like(call.loss(), SCALE)
+        return torch.full_like(call.loss(), scale)
 
 
 def check(variant: Variant, call: Call, truth: Truth, result: Result) -> None:
@@ -258,18 +258,22 @@ def time_all(mode: str, ready: list[tuple[Variant, Call, Result]], settings: Set
     how = MODES[mode]
     calls: dict[str, Callable[[], object]] = {}
     sizes = {}
-    for variant, call, r in ready:
-        if mode not in variant.modes:
-            continue
-        calls[variant.name] = call.loss
-        if call.leaves and how.backward:
-            calls[variant.name] = partial(step, call, upstream_of(call) if how.scaled else None)
-        itemsize = getattr(torch, r.dtype).itemsize
-        sizes[variant.name] = ideal_bytes(r.B, r.C, r.m, itemsize, variant.work, how.backward)
-    if not calls:
-        return
     with torch.set_grad_enabled(how.backward):
-        samples = sample(calls, settings, clock_of(mode, settings.device))
+        for variant, call, r in ready:
+            if mode not in variant.modes or r.status != "ok":
+                continue
+            run: Callable[[], object] = call.loss
+            try:
+                if call.leaves and how.backward:
+                    run = partial(step, call, upstream_of(call) if how.scaled else None)
+                run()
+            except Exception as error:  # one that fails in this mode alone
+                r.fail(error)
+                continue
+            calls[variant.name] = run
+            itemsize = getattr(torch, r.dtype).itemsize
+            sizes[variant.name] = ideal_bytes(r.B, r.C, r.m, itemsize, variant.work, how.backward)
+        samples = sample(calls, settings, clock_of(mode, settings.device)) if calls else {}
     for variant, _, result in ready:
         if variant.name in samples:
             result.times[mode] = timing(variant.name, samples, sizes)
@@ -380,18 +384,19 @@ def measure(
             call = variant.make(x)
             if variant.is_loss:
                 check(variant, call, truths[variant.work], result)
-                upstream = None if BACKWARD in variant.modes else upstream_of(call)
-                once = partial(step, call, upstream)
+                # Given, so that what autograd does to make a 1 is not counted.
+                scale = 1.0 if BACKWARD in variant.modes else SCALE
+                once = partial(step, call, upstream_of(call, scale))
                 result.extra_bytes = peak_memory(once, settings.device)
                 result.launches, result.syncs = count(once, settings.device)
         except Exception as error:  # a compiler that is missing, say, must not end the run
-            result.status, result.reason = "failed", f"{type(error).__name__}: {error}"
+            result.fail(error)
         if result.status == "ok":
             ready.append((variant, call, result))
     for mode in modes:
         time_all(mode, ready, settings)
     for variant, call, result in ready:
-        if variant.is_loss:
+        if variant.is_loss and result.status == "ok":
             check(variant, call, truths[variant.work], result)
     return results
 

@@ -88,6 +88,10 @@ class Result:
     extra_bytes: int | None = None  # at the peak, beyond the inputs
     times: dict[str, Timing] = field(default_factory=dict)  # by mode
 
+    def fail(self, error: Exception) -> None:
+        self.status, self.reason = "failed", f"{type(error).__name__}: {error}"
+        self.times.clear()
+
     @property
     def logits_bytes(self) -> int:
         return self.B * self.C * getattr(torch, self.dtype).itemsize

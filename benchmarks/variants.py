@@ -216,7 +216,8 @@ def copy(fresh: bool, x: Inputs) -> Call:
     if not fresh:
         return Call(partial(torch.empty_like(source).copy_, source), ())
     parts = source.split(max(x.logits.nbytes // 4, 1))
-    return Call(lambda: [part.clone() for part in parts], ())  # type: ignore[arg-type]
+    clones: Any = lambda: [part.clone() for part in parts]  # noqa: E731
+    return Call(clones, ())
 
 
 class Empty(Function):
@@ -270,7 +271,7 @@ def all_variants(device: str, dtype: str) -> tuple[list[Variant], dict[str, str]
             "ce",
         ),
     ]
-    absent = {}
+    absent: dict[str, str] = {}
     for package, of_peer in PEERS.items():
         reason = why_no_peer(package, device)
         if reason is None:

@@ -395,6 +395,31 @@ def test_a_failure_shows_its_reason(
     assert all(r["times"] for r in results["eager"])
 
 
+def test_a_failure_in_one_mode_shows_its_reason(bench: ModuleType, tmp_path: Path) -> None:
+    """When it is to be timed, after it was found right."""
+
+    def tires(x: Any) -> Any:
+        right, calls = bench.cross_entropy(x), []
+
+        def loss() -> torch.Tensor:
+            if not torch.is_grad_enabled():
+                calls.append(1)
+            if len(calls) > 3:  # those of the checks
+                raise RuntimeError("out of memory")
+            return right.loss()
+
+        return bench.Call(loss, right.leaves)
+
+    modes = ("forward", "forward_backward", "forward_backward_scaled")
+    variants = [bench.Variant("tires", tires, "", "ce", modes=modes), *few_variants(bench)]
+    assert bench.main([*ARGUMENTS, "--out", str(tmp_path)], variants) == 0
+    results = results_in(tmp_path)
+    assert {(r["status"], r["reason"]) for r in results["tires"]} == {
+        ("failed", "RuntimeError: out of memory")
+    }
+    assert all(len(r["times"]) == 3 for r in results["eager"])
+
+
 # ---- Memory and operations ---------------------------------------------------------------------
 
 
@@ -440,6 +465,7 @@ def test_the_empty_function_is_empty(bench: ModuleType, variants: ModuleType) ->
     x = bench.make_inputs(4, 10, "float32", "cpu")
     call = variants.empty(x)
     upstream = torch.ones(())
+    # Of the loss in forward, and in `step`.
     assert bench.operations(lambda: bench.step(call, upstream)) == ["aten::detach"] * 2
     loss, (gradient,) = bench.step(call)
     assert loss.shape == () and torch.equal(gradient, torch.zeros(4, 10))
