@@ -37,7 +37,7 @@ TIME = Plot(
     ("copy",),
 )
 BANDWIDTH = Plot(
-    "DLB loss: ideal bytes a second, in % of a plain copy's (more is better)",
+    "DLB loss: ideal bytes a second, in % of a plain copy's, whose GB/s stand on top",
     "% of the rate of the copy into reused memory",
     lambda t: t.of_copy and 100 * t.of_copy,
     "{:.0f}",
@@ -78,6 +78,8 @@ def draw_one(plot: Plot, results: Sequence[Result], where: str, path: Path) -> N
             axis, plot, [r for r in results if r.dtype == dtype], found, {n: ours[n] for n in names}
         )
         axis.set_title(dtype, fontsize=12)
+    if not plot.less_is_better:
+        axes[0, 0].set_ylim(0, max(125, 1.1 * axes[0, 0].get_ylim()[1]))  # all share it
     axes[0, 0].set_ylabel(plot.label, fontsize=12)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=11, frameon=False)
@@ -120,8 +122,6 @@ def draw_panel(
     if plot.less_is_better:
         axis.set_yscale("log", base=2)
         axis.margins(y=0.12)
-    else:
-        axis.set_ylim(0, max(122, axis.get_ylim()[1]))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_xticks(range(len(shapes)), [f"{B}×{C}" for B, C in shapes], fontsize=10, rotation=35,
                     ha="right", rotation_mode="anchor")  # fmt: skip
@@ -141,9 +141,9 @@ def values_of(
 
 
 def note_rates(axis: Any, results: Sequence[Result], shapes: Sequence[tuple[int, int]]) -> None:
-    """What 100 % is, over the line of the copy."""
+    """What 100 % is, at the top."""
     for r in results:
         if r.variant == "copy" and (r.B, r.C) in shapes:
-            rate = f"{r.times[BACKWARD].gb_per_s:.0f}\nGB/s"
-            axis.annotate(rate, (shapes.index((r.B, r.C)), 100), (0, 5), fontsize=8, ha="center",
-                          textcoords="offset points")  # fmt: skip
+            at = shapes.index((r.B, r.C))
+            axis.text(at, 0.985, f"{r.times[BACKWARD].gb_per_s:.0f}\nGB/s", fontsize=9, ha="center",
+                      va="top", transform=axis.get_xaxis_transform())  # fmt: skip
