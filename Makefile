@@ -2,7 +2,7 @@
 # test   all tests, in two processes: Triton kernels interpreted, then everything else
 # check  ruff, mypy, clang-format; the machine code of the kernels against the tracked table
 # static that table: registers, spills, instructions an element, into benchmarks/results/
-# bench  micro-benchmarks into benchmarks/results/
+# bench  the loss beside others, on a GPU if there is one, into benchmarks/results/: table, JSON, pictures
 # gpu    everything that only a GPU can show: tests, checks, tools, benchmarks; REHEARSE=1 on a CPU
 # wheels for CUDA 13 and every Python on PATH into dist/, tested; see scripts/WHEELS.md
 # clean  remove what the others made
@@ -35,7 +35,7 @@ static: .venv/static
 	$(BIN)/python scripts/static_report.py
 
 bench: .venv/test
-	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python benchmarks/bench_loss.py --device auto
 
 gpu:
 	$(PYTHON) benchmarks/gpu_report.py $(if $(REHEARSE),--rehearse) $(if $(OUT),--out '$(OUT)') \

@@ -1,4 +1,5 @@
-"""Micro-benchmark of the loss: time, bandwidth and memory of each variant, over shapes and dtypes.
+"""The comparison suite of the loss: time, bandwidth, memory, operations and error of each variant,
+over shapes and dtypes. The variants: variants.py; the bars that they are held to: bars.py.
 
     python benchmarks/bench_loss.py [--quick] [--shapes 256x100,...] [--dtype float32,bfloat16] ...
 
@@ -8,12 +9,19 @@ Right before fast: its loss and gradient are held against the fp64 truth before 
 once more after. A wrong one is reported as WRONG, without times, and the exit status is 1.
 
 Time: in rounds, each variant is sampled once, in rotating order; a sample is a batch of calls that
-lasts some milliseconds. Medians over the rounds; a ratio is the median of the ratios within rounds,
-so that a slow phase of the machine cancels. "forward" is the loss under no_grad; "forward_backward"
-is the loss and `torch.autograd.grad(loss, logits)`: a new gradient each call, nothing accumulated.
+lasts some milliseconds. Medians over the rounds; a ratio or a difference is the median of those
+within rounds, so that a slow phase of the machine cancels. "forward" is the loss under no_grad;
+"forward_backward" is the loss and `torch.autograd.grad`: a new gradient each call, nothing
+accumulated; "…_scaled" with a loss scale from above in place of 1; "…_cold", on a GPU, after a
+flush of its L2. "host" is the host's time for a step of a small shape: on a GPU, to issue it.
 
 Bytes: ideally each input is read once and each output written once. "copy" moves as many bytes with
-as many threads into memory that is used again; "copy fresh" into new memory, as a gradient is.
+as many threads into memory that is used again; "copy[fresh]" into new memory, as a gradient is.
+
+Operations: on a GPU the kernels that a step launches and the calls in which the host waits; on a
+CPU the aten operations that a step dispatches (not what runs inside a compiled or fused kernel) and
+the values that the host reads, each of which would be a wait on a GPU. (dlb_loss reads its upstream
+gradient on a CPU only, where that is no wait.)
 """
 
 from __future__ import annotations
@@ -34,141 +42,95 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from report import MODES, OPTIONS, ROOT, Report, Result, Settings, Timing, table_of, write
+from bars import judge, table_of_bars
+from gpu_machine import Gpu
+from pictures import draw
+from report import (
+    BACKWARD,
+    COLD,
+    FORWARD,
+    HOST,
+    MODES,
+    REFERENCES,
+    ROOT,
+    SCALE,
+    SOME_CLASSES,
+    Case,
+    Report,
+    Result,
+    Settings,
+    Timing,
+    caption,
+    table_of,
+    table_of_host,
+    write,
+)
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-
-from dlb_fused import DLBLoss, backends, dlb_loss
-from dlb_fused.reference import dlb_loss_naive
+from torch.profiler import ProfilerActivity, profile
+from variants import (
+    EMPTY,
+    Call,
+    Inputs,
+    Variant,
+    all_variants,
+    cross_entropy,
+    ideal_bytes,
+    make_inputs,
+    naive,
+)
 
 # 2 cores and 8 GiB suffice: beyond the logits, the fp64 truth needs some ten times their bytes.
-CPU_SHAPES = [(8, 10), (128, 10), (256, 100), (1024, 100), (256, 200), (256, 1000), (1024, 1000),
-              (512, 21841), (64, 32000), (64, 50257), (64, 128256), (16, 262144)]  # fmt: skip
-CUDA_SHAPES = [(128, 10), (256, 100), (1024, 100), (256, 200), (256, 1000), (1024, 1000),
-               (2048, 21841), (4096, 32000), (2048, 50257), (1024, 128256),
+CPU_SHAPES = [(8, 10), (128, 10), (1024, 10), (256, 100), (1024, 100), (256, 200), (256, 1000),
+              (1024, 1000), (512, 21841), (64, 32000), (64, 50257), (64, 128256),
+              (16, 262144)]  # fmt: skip
+CUDA_SHAPES = [(128, 10), (1024, 10), (256, 100), (1024, 100), (256, 200), (256, 1000),
+               (1024, 1000), (2048, 21841), (4096, 32000), (2048, 50257), (1024, 128256),
                (512, 262144)]  # fmt: skip
 QUICK_SHAPES = [(8, 10), (256, 100), (256, 1000), (64, 32000)]
+HOST_CASE = ("float32", 8, 10)
+# All shapes in these dtypes, in the others one for each of SOME_CLASSES.
+ALL_SHAPES_IN = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}
 
 # Relative error allowed to a kernel of ours (L2 of the gradient), and, of gradient and loss, to
-# stock PyTorch, which computes in the dtype of the logits.
+# other programs, which compute in the dtype of the logits.
 KERNEL_TOLERANCE = {"float32": 1e-6, "bfloat16": 2e-3, "float16": 3e-4}
 STOCK_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 2e-2}
 
 
-class Inputs(NamedTuple):
-    """labels[m:] repeat labels[:m], and last_logits copy logits[m:]: so a `DLBLoss` that is called
-    with this batch again and again finds these very last_logits in its cache."""
-
-    logits: Tensor  # (B, C), a leaf that requires grad
-    labels: Tensor  # (B,) int64
-    last_logits: Tensor  # (m, C)
-
-
-Call = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to the loss; `make(inputs)` prepares it and returns the call to be timed."""
-
-    name: str
-    make: Callable[[Inputs], Call]
-    note: str = ""
-    work: str = "dlb"  # what it computes and moves: "dlb", "dlb+cache", "ce" or "copy"
-    ours: bool = False  # held to KERNEL_TOLERANCE, and a failure is an error
-
-
-def ideal_bytes(
-    B: int, C: int, m: int, itemsize: int, work: str = "dlb", mode: str = "forward_backward"
-) -> int:
-    """Bytes of all matrices of C columns: read logits and last_logits, write the gradient and the
-    cache of the fresh rows. For n = m = B/2: 5·n·C·itemsize, with the cache 6."""
-    rows = B if work == "ce" else B + m
-    if mode == "forward_backward":
-        rows += 2 * B - m if work == "dlb+cache" else B
-    return rows * C * itemsize
-
-
-def make_inputs(B: int, C: int, dtype: str, device: str) -> Inputs:
-    generator = torch.Generator().manual_seed(B * 1_000_003 + C)
-    logits = (torch.randn(B, C, generator=generator) * 2).to(device, getattr(torch, dtype))
-    labels = torch.randint(0, C, (B // 2,), generator=generator).repeat(2).to(device)
-    return Inputs(logits.requires_grad_(), labels, logits.detach()[B // 2 :].clone())
-
-
-def naive(x: Inputs) -> Call:
-    return partial(dlb_loss_naive, *x, **OPTIONS)
-
-
-def compiled(x: Inputs) -> Call:
-    torch.compiler.reset()  # else all shapes but the first are compiled with dynamic sizes
-    return partial(torch.compile(dlb_loss_naive), *x, **OPTIONS)
-
-
-def cross_entropy(x: Inputs) -> Call:
-    return partial(F.cross_entropy, x.logits, x.labels)
-
-
-def fused(backend: str, x: Inputs) -> Call:
-    return partial(dlb_loss, *x, backend=backend, **OPTIONS)  # type: ignore[return-value]
-
-
-def module(x: Inputs) -> Call:
-    criterion = DLBLoss(**OPTIONS)
-    criterion(x.last_logits.clone().requires_grad_(), x.labels[: len(x.last_logits)])
-    return partial(criterion, x.logits, x.labels)
-
-
-def copy(fresh: bool, x: Inputs) -> Call:
-    """Reads one half of the ideal bytes of dlb_loss and writes the other."""
-    B, C = x.logits.shape
-    size = ideal_bytes(B, C, len(x.last_logits), x.logits.element_size())
-    source = torch.ones(max(size // 8, 1), device=x.logits.device)
-    return source.clone if fresh else partial(torch.empty_like(source).copy_, source)
-
-
-def all_variants(device: str, dtype: str) -> tuple[list[Variant], dict[str, str]]:
-    """Those that can run, and the reason for each that cannot."""
-    probe = torch.empty(1, 1, device=device, dtype=getattr(torch, dtype))
-    reasons = {name: backends.why_not(name, probe) for name in backends.BACKENDS}
-    auto = next(name for name, reason in reasons.items() if reason is None)
-    variants = [
-        Variant("eager", naive, "F.cross_entropy + F.kl_div"),
-        Variant("compile", compiled, "the same under torch.compile, default mode"),
-        Variant("cross_entropy", cross_entropy, "F.cross_entropy alone, no KL", "ce"),
-        *(
-            Variant(f"dlb_loss[{name}]", partial(fused, name), "", ours=True)
-            for name, reason in reasons.items()
-            if reason is None
-        ),
-        Variant("DLBLoss", module, f"the module with its cache copy, {auto}", "dlb+cache", True),
-        Variant("copy", partial(copy, False), "dlb_loss's ideal bytes, memory reused", "copy"),
-        Variant("copy fresh", partial(copy, True), "the same into new memory", "copy"),
-    ]
-    return variants, {f"dlb_loss[{k}]": reason for k, reason in reasons.items() if reason}
+# ---- right before fast -------------------------------------------------------------------------
 
 
 class Truth(NamedTuple):
-    """In fp64 from the same values, and the errors allowed against it: of loss and gradient."""
+    """In fp64 from the same values, and what a program in fp32 errs against it."""
 
     loss: Tensor
     gradient: Tensor  # (B, C)
-    ours: tuple[float, float]
-    stock: tuple[float, float]
+    loss_error: float
+    gradient_error: float
+
+    def allowed(self, ours: bool, dtype: str, scale: float = 1.0) -> tuple[float, float]:
+        """Errors of loss and gradient. A kernel of ours may err by its tolerance, by twice what
+        eager errs in fp32, or by 1.2 times the rounding of the scaled gradient to its dtype,
+        whichever is most."""
+        scaled = self.gradient * scale
+        rounding = relative_error(scaled.to(getattr(torch, dtype)), scaled)
+        if ours:
+            error = max(KERNEL_TOLERANCE[dtype], 2 * self.gradient_error, 1.2 * rounding)
+            return max(1e-6, 2 * self.loss_error), error
+        return STOCK_TOLERANCE[dtype], max(STOCK_TOLERANCE[dtype], 3 * rounding)
 
 
-def step(call: Call, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward and backward: the loss and its gradient (B, C)."""
-    loss = call()
-    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+def step(call: Call, upstream: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Forward and backward: the loss and the gradients of the leaves."""
+    loss = call.loss()
+    return loss.detach(), torch.autograd.grad(loss, call.leaves, upstream)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -176,56 +138,73 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def find_truth(x: Inputs, work: str) -> Truth:
-    """A kernel of ours may err by its tolerance, by twice what eager errs in fp32, or by 1.2 times
-    the rounding of the gradient to its dtype, whichever is most."""
-
     def at(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         logits = x.logits.detach().to(dtype).requires_grad_()
         make = cross_entropy if work == "ce" else naive
-        return step(make(Inputs(logits, x.labels, x.last_logits.to(dtype))), logits)
+        loss, (gradient,) = step(make(Inputs(logits, x.labels, x.last_logits.to(dtype))))
+        return loss, gradient
 
-    loss, gradient = at(torch.float64)
-    loss_error, error = map(relative_error, at(torch.float32), (loss, gradient))
-    rounding = relative_error(gradient.to(x.logits.dtype), gradient)
-    name = str(x.logits.dtype).removeprefix("torch.")
-    stock = STOCK_TOLERANCE[name]
-    return Truth(
-        loss,
-        gradient,
-        (max(1e-6, 2 * loss_error), max(KERNEL_TOLERANCE[name], 2 * error, 1.2 * rounding)),
-        (stock, max(stock, 3 * rounding)),
-    )
+    truth = at(torch.float64)
+    return Truth(*truth, *map(relative_error, at(torch.float32), truth))
 
 
-def check(variant: Variant, call: Call, x: Inputs, truth: Truth, result: Result) -> None:
+def upstream_of(call: Call, scale: float = SCALE) -> Tensor:
+    """The gradient from above, in the dtype of the loss."""
+    with torch.no_grad():
+        return torch.full_like(call.loss(), scale)
+
+
+def check(variant: Variant, call: Call, truth: Truth, result: Result) -> None:
     """Enters the errors of a variant into its result, which becomes WRONG if they are too large."""
-    loss, gradient = step(call, x.logits)
-    losses = [loss]
-    if variant.work != "dlb+cache":  # without grad the module leaves its cache alone: no KL
+    loss_errors = []
+
+    def gradient_error(upstream: Tensor | None, scale: float) -> float:
+        loss, gradients = step(call, upstream)
+        loss_errors.append(relative_error(loss, truth.loss))
+        return relative_error(torch.cat(gradients), truth.gradient * scale)
+
+    found = []
+    upstream = upstream_of(call)
+    for what, scale in (("gradient", 1.0), ("scaled gradient", SCALE)):
+        error = gradient_error(None if scale == 1 else upstream, scale)
+        found.append((what, error, truth.allowed(variant.ours, result.dtype, scale)[1]))
+    result.gradient_error, result.scaled_gradient_error = found[0][1], found[1][1]
+    if FORWARD in variant.modes:
         with torch.no_grad():
-            losses.append(call())
-    errors = torch.tensor([relative_error(loss, truth.loss) for loss in losses])
-    result.loss_error = float(errors.max())  # NaN if one is
-    result.gradient_error = relative_error(gradient, truth.gradient)
-    allowed = truth.ours if variant.ours else truth.stock
-    if result.loss_error <= allowed[0] and result.gradient_error <= allowed[1]:  # false for NaN
+            loss_errors.append(relative_error(call.loss(), truth.loss))
+    result.loss_error = float(torch.tensor(loss_errors).max())  # NaN if one is
+    found.insert(0, ("loss", result.loss_error, truth.allowed(variant.ours, result.dtype)[0]))
+    if all(error <= allowed for _, error, allowed in found):  # false for NaN
         return
     result.status = "WRONG"
     result.times.clear()
-    result.reason = (
-        f"relative error of the loss {result.loss_error:.1e} (allowed {allowed[0]:.1e}), "
-        f"of the gradient {result.gradient_error:.1e} (allowed {allowed[1]:.1e})"
+    result.reason = "relative error " + ", ".join(
+        f"of the {what} {error:.1e} (allowed {allowed:.1e})" for what, error, allowed in found
     )
 
 
-def seconds_of(call: Callable[[], object], calls: int, device: str, flush: Tensor | None) -> float:
-    """Wall time of `calls` calls on a CPU; on a GPU the time between events in its stream, and with
-    `flush` that buffer, larger than the L2, is written before each call, outside the time."""
-    if device == "cpu":
-        start_ns = time.perf_counter_ns()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter_ns() - start_ns) * 1e-9
+# ---- time --------------------------------------------------------------------------------------
+
+Clock = Callable[[Callable[[], object], int], float]  # the time that so many calls take
+
+
+def by_wall(call: Callable[[], object], calls: int) -> float:
+    start_ns = time.perf_counter_ns()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter_ns() - start_ns) * 1e-9
+
+
+def by_host(device: str, call: Callable[[], object], calls: int) -> float:
+    """What the host spends, on a device that has nothing else to do."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return by_wall(call, calls)
+
+
+def by_stream(flush: Tensor | None, call: Callable[[], object], calls: int) -> float:
+    """The time between events in a GPU's stream; with `flush` that buffer, larger than the L2, is
+    written before each call, outside the time."""
     events = []
     for batch in [calls] if flush is None else [1] * calls:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -240,20 +219,29 @@ def seconds_of(call: Callable[[], object], calls: int, device: str, flush: Tenso
     return sum(start.elapsed_time(end) for start, end in events) * 1e-3
 
 
+def clock_of(mode: str, device: str) -> Clock:
+    if MODES[mode].host:
+        return partial(by_host, device)
+    if device == "cpu":
+        return by_wall
+    if not MODES[mode].cold:
+        return partial(by_stream, None)
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return partial(by_stream, torch.empty(2 * l2, dtype=torch.int8, device=device))
+
+
 class Samples(NamedTuple):
     calls: int  # in each sample
     seconds: list[float]  # for one call, by round
 
 
-def sample(calls: dict[str, Callable[[], object]], settings: Settings) -> dict[str, Samples]:
+def sample(
+    calls: dict[str, Callable[[], object]], settings: Settings, clock: Clock
+) -> dict[str, Samples]:
     """Samples all calls in the same rounds."""
-    flush = None
-    if settings.cold and settings.device != "cpu":
-        l2 = torch.cuda.get_device_properties(settings.device).L2_cache_size
-        flush = torch.empty(2 * l2, dtype=torch.int8, device=settings.device)
     samples, total = {}, 0.0
     for name, call in calls.items():
-        once = max(min(seconds_of(call, 1, settings.device, flush) for _ in range(4)), 1e-7)
+        once = max(min(clock(call, 1) for _ in range(4)), 1e-7)
         samples[name] = Samples(math.ceil(settings.sample_ms * 1e-3 / once), [])
         total += samples[name].calls * once
     names = list(calls)
@@ -261,32 +249,31 @@ def sample(calls: dict[str, Callable[[], object]], settings: Settings) -> dict[s
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
             number, seconds = samples[name]
-            seconds.append(seconds_of(calls[name], number, settings.device, flush) / number)
+            seconds.append(clock(calls[name], number) / number)
     return samples
 
 
-def time_all(
-    mode: str, ready: list[tuple[Variant, Call, Result]], x: Inputs, settings: Settings
-) -> None:
+def time_all(mode: str, ready: list[tuple[Variant, Call, Result]], settings: Settings) -> None:
     """Times side by side those variants that are right."""
-    B, C = x.logits.shape
-    backward = mode == "forward_backward"
+    how = MODES[mode]
     calls: dict[str, Callable[[], object]] = {}
     sizes = {}
-    for variant, call, _ in ready:
-        work = (variant.work, mode)
-        calls[variant.name] = call
-        if variant.work == "copy":
-            work = ("dlb", "forward_backward")
-        elif backward:
-            calls[variant.name] = partial(step, call, x.logits)
-        elif variant.work == "dlb+cache":
-            del calls[variant.name]
-        sizes[variant.name] = ideal_bytes(B, C, B // 2, x.logits.element_size(), *work)
-    if not calls:
-        return
-    with torch.set_grad_enabled(backward):
-        samples = sample(calls, settings)
+    with torch.set_grad_enabled(how.backward):
+        for variant, call, r in ready:
+            if mode not in variant.modes or r.status != "ok":
+                continue
+            run: Callable[[], object] = call.loss
+            try:
+                if call.leaves and how.backward:
+                    run = partial(step, call, upstream_of(call) if how.scaled else None)
+                run()
+            except Exception as error:  # one that fails in this mode alone
+                r.fail(error)
+                continue
+            calls[variant.name] = run
+            itemsize = getattr(torch, r.dtype).itemsize
+            sizes[variant.name] = ideal_bytes(r.B, r.C, r.m, itemsize, variant.work, how.backward)
+        samples = sample(calls, settings, clock_of(mode, settings.device)) if calls else {}
     for variant, _, result in ready:
         if variant.name in samples:
             result.times[mode] = timing(variant.name, samples, sizes)
@@ -295,15 +282,18 @@ def time_all(
 def timing(name: str, samples: dict[str, Samples], sizes: dict[str, int]) -> Timing:
     number, seconds = samples[name]
 
-    def over(other: str) -> float | None:
-        """The median ratio of the time of `other` to that of `name`."""
-        if other not in samples:
-            return None
-        return statistics.median(map(float.__truediv__, samples[other].seconds, seconds))
+    def against(other: str, compare: Callable[[float, float], float]) -> float:
+        return statistics.median(map(compare, seconds, samples[other].seconds))
 
-    eager, ce, copy = over("eager"), over("cross_entropy"), over("copy")
+    present = [other for other in REFERENCES if other in samples]
+    over = {other: against(other, float.__truediv__) for other in present}
+    above = {k: against(k, float.__sub__) * 1e6 for k in present if k in ABOVE}
     cuts = statistics.quantiles(seconds, n=10, method="inclusive")
     median = statistics.median(seconds)
+
+    def share(copy: str) -> float | None:
+        return sizes[name] / sizes[copy] / over[copy] if copy in over else None
+
     return Timing(
         median_us=median * 1e6,
         min_us=min(seconds) * 1e6,
@@ -313,10 +303,17 @@ def timing(name: str, samples: dict[str, Samples], sizes: dict[str, int]) -> Tim
         calls_per_sample=number,
         ideal_bytes=sizes[name],
         gb_per_s=sizes[name] / median * 1e-9,
-        of_copy=copy and copy * sizes[name] / sizes["copy"],
-        speedup_over_eager=eager,
-        time_over_cross_entropy=ce and 1 / ce,
+        of_copy=share("copy"),
+        of_fresh_copy=share("copy[fresh]"),
+        over=over,
+        above=above,
     )
+
+
+ABOVE = ("cross_entropy", EMPTY.name)
+
+
+# ---- memory and operations ---------------------------------------------------------------------
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:
@@ -327,12 +324,10 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
     with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
+        seen.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     changes = [e["args"] for e in events if e["name"] == "[memory]"]
     changes = [change for change in changes if change["Device Type"] == 0]
@@ -340,11 +335,44 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
     return max(change["Total Allocated"] for change in changes) - before
 
 
+# On a GPU the host waits in these; `item()`, `bool()` and `tolist()` end in the first.
+READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select"}
+
+
+def operations(call: Callable[[], object]) -> list[str]:
+    """The aten operations that a call dispatches on a CPU, without those made of others."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    return [
+        event.name
+        for event in seen.events()
+        if event.name.startswith("aten::")
+        and not any(child.name.startswith("aten::") for child in event.cpu_children)
+    ]
+
+
+def count(call: Callable[[], object], device: str) -> tuple[int, int]:
+    """Launches and waits; on a CPU aten operations and values that the host reads."""
+    if device == "cpu":
+        names = operations(call)
+        return len(names), sum(name in READS for name in names)
+    seen = Gpu().launched("", call)
+    return len(seen.kernels) + len(seen.others), len(seen.waits)
+
+
+# ---- the run -----------------------------------------------------------------------------------
+
+
+def modes_of(device: str) -> list[str]:
+    return [mode for mode in MODES if mode != HOST and (mode != COLD or device != "cpu")]
+
+
 def measure(
-    shape: tuple[int, int], dtype: str, variants: Sequence[Variant], settings: Settings
+    case: Case, variants: Sequence[Variant], settings: Settings, modes: Sequence[str]
 ) -> list[Result]:
     """Every variant on one shape: checked, timed, and checked again."""
-    B, C = shape
+    dtype, B, C = case
+    torch.compiler.reset()  # else all shapes but the first are compiled with dynamic sizes
     x = make_inputs(B, C, dtype, settings.device)
     truths = {"ce": find_truth(x, "ce"), "dlb": find_truth(x, "dlb")}
     truths["dlb+cache"] = truths["dlb"]
@@ -354,43 +382,77 @@ def measure(
         results.append(result)
         try:
             call = variant.make(x)
-            if variant.work != "copy":
-                check(variant, call, x, truths[variant.work], result)
-                peak = peak_memory(partial(step, call, x.logits), settings.device)
-                result.extra_memory = peak / (x.logits.numel() * x.logits.element_size())
+            if variant.is_loss:
+                check(variant, call, truths[variant.work], result)
+                # Given, so that what autograd does to make a 1 is not counted.
+                scale = 1.0 if BACKWARD in variant.modes else SCALE
+                once = partial(step, call, upstream_of(call, scale))
+                result.extra_bytes = peak_memory(once, settings.device)
+                result.launches, result.syncs = count(once, settings.device)
         except Exception as error:  # a compiler that is missing, say, must not end the run
-            result.status, result.reason = "failed", f"{type(error).__name__}: {error}"
+            result.fail(error)
         if result.status == "ok":
             ready.append((variant, call, result))
-    for mode in MODES:
-        time_all(mode, ready, x, settings)
+    for mode in modes:
+        time_all(mode, ready, settings)
     for variant, call, result in ready:
-        if variant.work != "copy":
-            check(variant, call, x, truths[variant.work], result)
+        if variant.is_loss and result.status == "ok":
+            check(variant, call, truths[variant.work], result)
     return results
 
 
+def choose(dtype: str, variants: Sequence[Variant] | None, report: Report) -> list[Variant]:
+    """Of `variants`, by default all that can run in this dtype, those that are not to be skipped;
+    enters notes and reasons into the report."""
+    settings = report.settings
+    found, absent = all_variants(settings.device, dtype)
+    skipped = {v.name for v in found if any(word in v.name for word in settings.skip)}
+    report.absent |= absent | dict.fromkeys(skipped, "left out by --skip")
+    chosen = [v for v in variants or found if v.name not in skipped]
+    report.notes |= {v.name: v.note for v in chosen}
+    return chosen
+
+
 def run(settings: Settings, variants: Sequence[Variant] | None, console: Console) -> Report:
-    """Measures `variants`, by default all; prints a table for each shape."""
+    """Measures `variants`, by default all; prints a table for each shape. Cases for which there is
+    no time, or that an interrupt leaves, are named in the report."""
     torch.set_num_threads(settings.threads)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.3:
         load = os.getloadavg()[0]
         console.print(f"other programs are running (load {load:.1f}): times will be noisy")
-    report = Report(settings, absent=dict.fromkeys(settings.skip, "left out by --skip"))
+    if settings.device != "cpu":
+        # A profiler's first record may lack something.
+        count(partial(torch.ones, 1, device=settings.device), settings.device)
+    report, todo = Report(settings), list(settings.cases)
+    end = time.monotonic() + (math.inf if settings.seconds is None else settings.seconds)
+    longest = 0.0
+    if settings.seconds is not None:  # some from all over the list first
+        todo = [case for k in range(3) for case in todo[k::3]]
     with Progress(console=console) as progress:
-        task = progress.add_task("", total=len(settings.shapes) * len(settings.dtypes))
-        for dtype in settings.dtypes:
-            found, absent = all_variants(settings.device, dtype)
-            chosen = [v for v in variants or found if v.name not in settings.skip]
-            report.absent |= absent
-            report.notes |= {v.name: v.note for v in chosen}
-            for B, C in settings.shapes:
+        task = progress.add_task("host time", total=len(todo) + 1)
+        try:
+            losses = [v for v in choose("float32", variants, report) if HOST in v.modes]
+            host = [EMPTY, *(v for v in losses if v.is_loss)]
+            report.host = measure(HOST_CASE, host, settings, [HOST])
+            console.print(table_of_host(report.host))
+            progress.advance(task)
+            while todo and (start := time.monotonic()) + 1.3 * longest < end:
+                dtype, B, C = todo[0]
                 progress.update(task, description=f"{dtype} {B}×{C}")
-                results = measure((B, C), dtype, chosen, settings)
-                report.results += results
-                console.print(table_of(results))
+                chosen = choose(dtype, variants, report)
+                report.results += measure(todo[0], chosen, settings, modes_of(settings.device))
+                console.print(table_of(report.results[-len(chosen) :], settings.device))
+                del todo[0]
                 progress.advance(task)
+                longest = max(longest, time.monotonic() - start)
+        except KeyboardInterrupt:
+            console.print("interrupted")
+    report.left_out = [f"{dtype} {B}x{C}" for dtype, B, C in todo]
+    report.results.sort(key=lambda r: settings.cases.index((r.dtype, r.B, r.C)))
     return report
+
+
+# ---- the command -------------------------------------------------------------------------------
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
@@ -410,24 +472,38 @@ def parse_dtypes(text: str) -> list[str]:
     return dtypes
 
 
+def default_cases(device: str) -> list[Case]:
+    """Every shape in some dtypes; in the others one shape of some classes."""
+    shapes = CPU_SHAPES if device == "cpu" else CUDA_SHAPES
+    first = {C: (B, C) for B, C in reversed(shapes)}
+    few = [first[C] for C in SOME_CLASSES]
+    full = ALL_SHAPES_IN[device]
+    order = full + [dtype for dtype in KERNEL_TOLERANCE if dtype not in full]
+    return [(dtype, B, C) for dtype in order for B, C in (shapes if dtype in full else few)]
+
+
 def parse(argv: Sequence[str] | None) -> tuple[Settings, Path]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="few shapes and rounds: a look, not a measurement")
     add("--shapes", type=parse_shapes, help="as 256x100,8x10; B even")
-    add("--dtype", type=parse_dtypes, default=["float32"], help="float32,bfloat16,float16")
-    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--dtype", type=parse_dtypes, help="float32,bfloat16,float16")
+    add("--device", default="cpu", choices=["auto", "cpu", "cuda"])
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--cold", action="store_true", help="flush a GPU's L2 before each call")
-    add("--skip", default="", help="variants to leave out, as compile,DLBLoss")
+    add("--skip", default="", help="leave out variants whose names hold one of these: compile,copy")
+    add("--seconds", type=float, help="as many cases as there is time for")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for JSON and PNG")
     o = parser.parse_args(argv)
-    if o.device == "cuda" and not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if o.device == "cuda" and not has_gpu:
         parser.error("--device cuda: torch finds no CUDA device")
-    default = QUICK_SHAPES if o.quick else CPU_SHAPES if o.device == "cpu" else CUDA_SHAPES
+    device = ("cuda" if has_gpu else "cpu") if o.device == "auto" else o.device
+    cases = default_cases(device)
+    if o.quick or o.shapes or o.dtype:
+        shapes = o.shapes or (QUICK_SHAPES if o.quick else [c[1:] for c in cases])
+        cases = [(d, B, C) for d in o.dtype or ["float32"] for B, C in dict.fromkeys(shapes)]
     skip = [name for name in o.skip.split(",") if name]
-    shapes = o.shapes or default
-    return Settings(shapes, o.dtype, o.device, o.threads, skip, o.quick, o.cold), o.out
+    return Settings(cases, device, o.threads, skip, o.quick, o.seconds), o.out
 
 
 def main(argv: Sequence[str] | None = None, variants: Sequence[Variant] | None = None) -> int:
@@ -435,15 +511,19 @@ def main(argv: Sequence[str] | None = None, variants: Sequence[Variant] | None =
     settings, out = parse(argv)
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 160
+        console.width = 190
     report = run(settings, variants, console)
+    verdicts = judge(report)
+    console.print(table_of_bars(verdicts))
     for name, reason in report.absent.items():
-        console.print(f"absent: {name}: {reason}", markup=False)
-    for r in report.results:
-        if r.status != "ok":
-            line = f"{r.status}: {r.variant}, {r.dtype} ({r.B}, {r.C}): {r.reason}"
-            console.print(line, style="red", markup=False)
-    console.print(f"written: {write(report, out)} and the same as .png", soft_wrap=True)
+        console.print(f"absent: {name}: {reason}", markup=False, soft_wrap=True)
+    if report.left_out:
+        console.print(f"no time was left for: {', '.join(report.left_out)}", soft_wrap=True)
+    for line in report.not_ok():
+        console.print(line, style="red", markup=False)
+    path = write(report, out, [v._asdict() for v in verdicts])
+    draw(report.results, caption(settings), path)
+    console.print(f"written: {path}", markup=False, soft_wrap=True)
     return int(report.refused())
 
 

@@ -7,7 +7,7 @@ Builds the compiled modules in place; runs the tests on the device, the checks o
 compute-sanitizer, ncu's byte counters, builds for other targets, and micro-benchmarks in what is
 left of the time. Each part runs in processes of its own, has a time limit, and ends as ok, failed
 or skipped with a reason; none stops the others. Writes one JSON file, after each part, and the
-benchmark's JSON and picture. The exit status is 1 if a part failed, and 2 without a GPU.
+benchmark's JSON and pictures. The exit status is 1 if a part failed, and 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def as_json(context: Context, results: Sequence[Result], o: argparse.Namespace) 
     import report
     import torch
 
-    nothing = report.Settings([], [], context.device, torch.get_num_threads(), [], False, False)
+    nothing = report.Settings([], context.device, torch.get_num_threads())
     facts = report.as_json(report.Report(nothing))
     keep = ("date", "machine", "versions", "dirty")
     return {

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench_loss import MODES, Inputs, Result, Variant, all_variants, check, find_truth, make_inputs
+from bench_loss import check, find_truth
 from bench_loss import step as step_of
 from pytest_benchmark.fixture import BenchmarkFixture
+from report import BACKWARD, Result
+from variants import PEERS, Call, Inputs, Variant, all_variants, make_inputs
 
 from dlb_fused import BACKENDS
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-NAMES = ["eager", "compile", "cross_entropy", *(f"dlb_loss[{b}]" for b in BACKENDS), "DLBLoss"]
+NAMES = ["eager", "eager[cat]", "compile", "compile[max-autotune]", "cross_entropy",
+         "cross_entropy[compile]", *(f"dlb_loss[{b}]" for b in BACKENDS), "DLBLoss",
+         *(v.name for of_peer in PEERS.values() for v in of_peer if v.is_loss)]  # fmt: skip
 SHAPES = [(8, 10), (256, 100), (256, 1000), (64, 32000)]
 
 
@@ -23,11 +27,11 @@ def variant_named(name: str, device: str) -> Variant:
     return next(v for v in variants if v.name == name)
 
 
-def checked_call(variant: Variant, x: Inputs) -> object:
+def checked_call(variant: Variant, x: Inputs) -> Call:
     B, C = x.logits.shape
     result = Result("float32", B, C, B // 2, variant.name, variant.ours)
     call = variant.make(x)
-    check(variant, call, x, find_truth(x, variant.work), result)
+    check(variant, call, find_truth(x, variant.work), result)
     assert result.status == "ok", result.reason
     return call
 
@@ -43,9 +47,9 @@ def test_forward_backward(
     call = checked_call(variant, x)
 
     def step() -> None:
-        step_of(call, x.logits)  # type: ignore[arg-type]
+        step_of(call)
         if device == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"{device} {shape[0]}x{shape[1]} {MODES[1]}"
+    benchmark.group = f"{device} {shape[0]}x{shape[1]} {BACKWARD}"
     benchmark(step)
