@@ -189,3 +189,13 @@ def test_predicted_and_counted(traffic: ModuleType, monkeypatch: pytest.MonkeyPa
     }  # fmt: skip
     assert [row["loss"] for row in rows] == ["naive DLB"] * 2 + ["cross_entropy"] * 2
     assert rows[1]["predicted"] is None and rows[1]["counted"] == [3, 3]
+
+
+def test_the_part_of_make_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_parts
+
+    part = gpu_parts.Part("compiled", ("compiled",), "", 60, gpu_parts.compiled)
+    found = gpu_parts.compiled(gpu_parts.Context(True, tmp_path), part, 60)
+    assert [row["loss"] for row in found["rows"]] == ["naive DLB", "cross_entropy"]
+    assert {row["predicted"] for row in found["rows"]} == {None}
