@@ -4,7 +4,7 @@
 # static that table: registers, spills, instructions an element, into benchmarks/results/
 # bench  micro-benchmarks into benchmarks/results/
 # step   the share of the loss in whole training steps, likewise
-# compiled  what torch.compile makes of the loss for a GPU, likewise; runs on none
+# compiled: what torch.compile makes of the loss for a GPU, likewise; runs on none
 # gpu    everything that only a GPU can show: tests, checks, tools, benchmarks; REHEARSE=1 on a CPU
 # wheels for CUDA 13 and every Python on PATH into dist/, tested; see scripts/WHEELS.md
 # clean  remove what the others made

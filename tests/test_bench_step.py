@@ -141,7 +141,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     part = gpu_parts.Part("step", ("step",), "", 90, gpu_parts.step)
     found = gpu_parts.step(gpu_parts.Context(True, tmp_path), part, 90)
-    assert found["results"] == 4 * 2 and "resnet20 autocast" in found["summary"]
+    assert found["results"] == 4 * 2 and found["modes"] == "eager,autocast,graphs"
     path = tmp_path / found["file"]
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     data = json.loads(path.read_text())
@@ -179,6 +179,48 @@ def test_graphs_rehearsed(bench: ModuleType) -> None:
         assert watched.calls
     assert [r.status for r in results] == ["ok"] * 4, results
     assert all(r.step_ms > 0 and r.memory_mb is None for r in results)
+    assert results[1].gradient_error < 1e-4
+
+
+def test_a_graph_that_replays_something_else_is_refused(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = losses_with(bench, lambda captured: DLBLoss(backend="eager"))
+
+    def capture(self: Any, step: Callable[[], Any]) -> Callable[[], Any]:
+        training = step.__self__  # type: ignore[attr-defined]
+        if isinstance(training.loss, DLBLoss):
+            training.loss.alpha = 0.0
+        return step
+
+    monkeypatch.setattr(bench.Rehearsal, "capture", capture)
+    settings = bench.Settings(["tiny"], ["graphs"], "cpu", 1, True)
+    results = bench.measure(tiny(bench)[0], "graphs", losses, settings, bench.Rehearsal())
+    assert [r.status for r in results] == ["ok", "WRONG", "ok", "ok"]
+    assert "allowed 1e-02" in results[1].reason and results[1].step_ms is None
+
+
+@pytest.mark.parametrize("name", ["naive DLB", "cross_entropy"])
+def test_a_failure_shows_its_reason(
+    bench: ModuleType, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the naive loss there is nothing to compare with; else the others go on."""
+
+    class Broken(nn.Module):
+        calls = 0
+
+        def forward(self, logits: Tensor, labels: Tensor, commit: bool = True) -> Tensor:
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("no compiler here")
+            return logits.sum()
+
+    losses = {**bench.LOSSES, name: lambda captured: Broken()}
+    out = ["--out", str(tmp_path)]
+    assert bench.main([*ARGUMENTS, "eager", *out], partial(tiny, bench), losses) == 1
+    assert f"failed: {name}, tiny, eager: RuntimeError: no compiler" in capsys.readouterr().out
+    timed = {key for key, result in results_in(tmp_path).items() if result["step_ms"]}
+    assert timed == (set() if name == bench.NAIVE else {bench.NAIVE, bench.FUSED, bench.NONE})
 
 
 # ---- what it refuses ----
