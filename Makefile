@@ -3,6 +3,8 @@
 # check  ruff, mypy, clang-format; the machine code of the kernels against the tracked table
 # static that table: registers, spills, instructions an element, into benchmarks/results/
 # bench  the loss beside others, on a GPU if there is one, into benchmarks/results/: table, JSON, pictures
+# step   the share of the loss in whole training steps, likewise
+# compiled: what torch.compile makes of the loss for a GPU, likewise; runs on none
 # gpu    everything that only a GPU can show: tests, checks, tools, benchmarks; REHEARSE=1 on a CPU
 # wheels for CUDA 13 and every Python on PATH into dist/, tested; see scripts/WHEELS.md
 # clean  remove what the others made
@@ -15,7 +17,7 @@ TORCH ?= torch
 BIN := .venv/bin
 
 .NOTPARALLEL:
-.PHONY: demo test check static bench gpu wheels clean
+.PHONY: demo test check static bench step compiled gpu wheels clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py --out demo
@@ -36,6 +38,12 @@ static: .venv/static
 
 bench: .venv/test
 	$(BIN)/python benchmarks/bench_loss.py --device auto
+
+step: .venv/test
+	$(BIN)/python benchmarks/bench_step.py
+
+compiled: .venv/test
+	$(BIN)/python benchmarks/compiled_traffic.py
 
 gpu:
 	$(PYTHON) benchmarks/gpu_report.py $(if $(REHEARSE),--rehearse) $(if $(OUT),--out '$(OUT)') \

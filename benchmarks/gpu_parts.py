@@ -489,6 +489,39 @@ def try_build(context: Context, variables: dict[str, str], seconds: float) -> st
     return "computes"
 
 
+def step(context: Context, part: Part, seconds: float) -> dict[str, Any]:
+    """bench_step.py: the share of the loss in whole training steps; compiled, if there is time."""
+    modes = "eager,autocast,graphs,compiled" if seconds > 400 else "eager,autocast,graphs"
+    few = ["--quick", "--cases", "resnet20"] if context.rehearse else []
+    command = [sys.executable, str(FOLDER / "bench_step.py"), "--device", context.device,
+               "--modes", modes, "--out", str(context.out), *few]  # fmt: skip
+    (process,) = run_together([Process(command)], seconds)
+    written = re.search(r"^written: .*?([^/\s]+\.json)", process.text, re.M)
+    if process.child.returncode or written is None:
+        wrong = re.findall(r"^(?:WRONG|failed): .*", process.text, re.M)
+        raise Fail("; ".join(wrong[:3]) or process.how_it_ended())
+    results = json.loads((context.out / written[1]).read_text())["results"]
+    ours = [r for r in results if r["loss"] == "DLBLoss"]
+    shares = ", ".join(f"{r['case']} {r['mode']} {r['share']:.1%}" for r in ours)
+    data = {"file": written[1], "results": len(results), "modes": modes}
+    summary = "times of a rehearsal say nothing" if context.rehearse else f"DLBLoss: {shares}"
+    return {**data, "summary": summary}
+
+
+def compiled(context: Context, part: Part, seconds: float) -> dict[str, Any]:
+    """compiled_traffic.py: kernels of the compiled naive loss, predicted and counted."""
+    command = [sys.executable, str(FOLDER / "compiled_traffic.py"), "--device", "cuda"]
+    (process,) = run_together([Process(command + ["--rehearse"] * context.rehearse)], seconds)
+    rows = process.lines
+    if not rows or (process.child.returncode and not process.timed_out):
+        raise Fail(process.how_it_ended())
+    known = [row for row in rows if row["predicted"]]
+    same = sum(row["predicted"] == row["counted"] for row in known)
+    note = "; the rest was left out for want of time" if process.timed_out else ""
+    summary = f"{same} of {len(known)} as predicted{note}"
+    return {"rows": rows, "summary": "counts nothing" if context.rehearse else summary}
+
+
 def bench(context: Context, part: Part, seconds: float) -> dict[str, Any]:
     """bench_loss.py's variants and shapes, as many as there is time for; JSON and pictures."""
     command = [sys.executable, str(FOLDER / "bench_loss.py"), "--device", context.device]
@@ -536,5 +569,7 @@ def all_parts() -> list[Part]:
         *(Part("sanitizer", ("sanitizer",), name, 120, sanitizer) for name in kernels),
         *(Part("traffic", ("traffic",), name, 60, traffic) for name in kernels),
         *(Part("builds", ("other builds",), n, 120, other_builds) for n in kernels if n == "cuda"),
+        Part("step", ("step",), "", 90, step),
+        Part("compiled", ("compiled",), "", 60, compiled),
         Part("bench", ("bench",), "", 9999, bench),
     ]

@@ -4,10 +4,11 @@
     make gpu REHEARSE=1         the same code on a CPU: interpreter, simulator, small sizes
 
 Builds the compiled modules in place; runs the tests on the device, the checks of gpu_checks.py,
-compute-sanitizer, ncu's byte counters, builds for other targets, and micro-benchmarks in what is
-left of the time. Each part runs in processes of its own, has a time limit, and ends as ok, failed
-or skipped with a reason; none stops the others. Writes one JSON file, after each part, and the
-benchmark's JSON and pictures. The exit status is 1 if a part failed, and 2 without a GPU.
+compute-sanitizer, ncu's byte counters, builds for other targets, training steps, the kernels of the
+compiled naive loss, and micro-benchmarks in what is left of the time. Each part runs in processes
+of its own, has a time limit, and ends as ok, failed or skipped with a reason; none stops the
+others. Writes one JSON file, after each part, and the benchmarks' JSON and pictures. The exit
+status is 1 if a part failed, and 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 from gpu_parts import FOLDER, ROOT, Context, Fail, Part, Result, Skip, all_parts, no_time
 
 RESULTS = FOLDER / "results"
+GROUPS = ("tests", "checks", "sanitizer", "traffic", "builds", "step", "compiled", "bench")
 STATUSES = ("ok", "failed", "skipped")
 MINUTES = 9.0
 
@@ -155,15 +157,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rehearse", action="store_true", help="the same code on a CPU")
     add("--out", type=Path, help="folder for JSON and PNG; benchmarks/results, or build/rehearsal")
-    add("--only", default="", help="tests,checks,sanitizer,traffic,builds,bench: some of these")
+    add("--only", default="", help=f"{','.join(GROUPS)}: some of these")
     add("--minutes", type=float, default=MINUTES, help="time limit of the whole")
     add("--commit", help="of this tree, where it has no history of its own")
     o = parser.parse_args(argv)
     o.out = (o.out or (ROOT / "build/rehearsal" if o.rehearse else RESULTS)).resolve()
     o.only = [word for word in o.only.split(",") if word]
-    groups = ("tests", "checks", "sanitizer", "traffic", "builds", "bench")
-    if wrong := set(o.only) - set(groups):
-        parser.error(f"--only {','.join(sorted(wrong))}: choose from {', '.join(groups)}")
+    if wrong := set(o.only) - set(GROUPS):
+        parser.error(f"--only {','.join(sorted(wrong))}: choose from {', '.join(GROUPS)}")
     if o.rehearse and (o.out == RESULTS or RESULTS in o.out.parents):
         parser.error("a rehearsal is no result: it cannot be written into benchmarks/results")
     return o
