@@ -4,8 +4,8 @@
 
 enum DlbDtype : int32_t { DLB_FLOAT32, DLB_FLOAT64, DLB_BFLOAT16, DLB_FLOAT16 };
 
-// dlb_fused/native.py packs this struct field by field; see LossArgs in backends.py for what each
-// tensor is. "real" is double for DLB_FLOAT64 logits, else float. A null address is an absent
+// python_args.h fills this struct; see LossArgs in dlb_fused/backends.py for what each tensor is.
+// "real" is double for DLB_FLOAT64 logits, else float. A null address is an absent
 // tensor.
 struct DlbArgs {
   int64_t B, C, overlap, fresh;

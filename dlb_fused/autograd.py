@@ -61,7 +61,7 @@ class DLBLossFunction(Function):
         if teacher is not None and teacher.is_inference():  # autograd refuses to save these
             ctx.inference_teacher, teacher = teacher, None
         options = (args.weight, args.temperature, args.alpha, args.grad_scale)
-        read = [x for x in options if x is not None and type(x) is not float]
+        read = [x for x in options if type(x) is not float and x is not None]
         ctx.save_for_backward(logits, args.labels, teacher, out.parts, out.dlogits, *read)
         ctx.rest, ctx.module, ctx.grad_scale, ctx.used = args[3:], module, args.grad_scale, False
         return out.loss
@@ -81,13 +81,14 @@ _apply = super(Function, DLBLossFunction).apply  # type: ignore[misc]
 
 
 def _backward(ctx: Any, dloss: Tensor) -> Tensor:
-    logits, labels, teacher, parts, dlogits, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors
     # The first backward gives the stored buffer away, with a version counter of its own: whatever
     # the caller then does with it must not stop a second backward.
-    stored = None if ctx.used else dlogits.data
+    stored = None if ctx.used else saved[4].data
     if stored is not None and not dloss.is_cuda and dloss.item() == ctx.grad_scale:
         ctx.used = True  # the host may look at a number that it holds itself
         return stored
+    logits, labels, teacher, parts = saved[:4]
     args = LossArgs(
         logits.detach(), labels, ctx.inference_teacher if teacher is None else teacher, *ctx.rest
     )

@@ -24,7 +24,7 @@ except ImportError as error:  # not built, or built for another Python or C++ li
     _missing = str(error)
 
 _OLDEST = 80  # compute capability
-_pack = struct.Struct(native.FORMAT + "QdQq4Q2i").pack
+_pack_rest = struct.Struct("@QdQq4Q2i").pack  # of DlbCudaArgs, what follows its DlbArgs
 
 
 def why_not(logits: Tensor) -> str | None:
@@ -115,8 +115,8 @@ def _launch(
     B = args.logits.shape[0]
     space = gpu_memory.workspace("cuda", device, gpu_memory.real_of(args.logits.dtype), B)
     error = function(
-        _pack(
-            *native.fields(args, scalars, outputs, fresh, 0),
+        _kernel.pack(args, scalars, outputs, fresh, *native.dtypes_of(args))
+        + _pack_rest(
             0 if dloss is None else dloss.data_ptr(),
             0.0 if isinstance(args.grad_scale, Tensor) else args.grad_scale,
             0 if pair is None else pair.parity.data_ptr(),

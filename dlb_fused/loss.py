@@ -125,12 +125,12 @@ def dlb_loss(
         logits, m, weight, ignore_index, label_smoothing, temperature, alpha, normalizer, grad_scale
     )
     need_grad = logits.requires_grad and torch.is_grad_enabled()
-    rows = rows_contiguous(logits)
+    rows = logits if logits.is_contiguous() else rows_contiguous(logits)
     if inplace and need_grad:
         check_inplace(logits, rows, last_logits, options[-1])
     teacher = (last_logits, m, None, None, None)
     gradient = (need_grad, inplace and need_grad)
-    args = LossArgs(*(rows, labels.contiguous(), *teacher, *options, *gradient))
+    args = LossArgs(rows, labels.contiguous(), *teacher, *options, *gradient)
     loss, out = compute(args, backend)
     return DLBParts(loss, *out.parts.unbind()) if return_parts else loss
 

@@ -1,13 +1,12 @@
 """The backend `cpu`: the compiled kernel of csrc/cpu, for CPU tensors.
 
-Everything crosses the border as addresses and numbers in one packed struct (`DlbArgs` in
-csrc/args.h); the tensors named in `LossArgs` keep the memory alive during the call.
+Tensors cross the border as addresses and numbers in one struct (csrc/args.h), which
+csrc/python_args.h fills; `LossArgs` and `LossOutputs` keep the memory alive during the call.
 """
 
 from __future__ import annotations
 
 import importlib
-import struct
 from types import ModuleType
 
 import torch
@@ -30,9 +29,6 @@ _SCALARS = {
     for dtype in DTYPES
     for real in [torch.float64 if dtype == torch.float64 else torch.float32]
 }
-#: Of DlbArgs in csrc/args.h, for `struct`.
-FORMAT = "@8q19Q3d6i"
-_pack = struct.Struct(FORMAT).pack
 
 
 def why_not(logits: Tensor) -> str | None:
@@ -56,18 +52,16 @@ def forward(args: LossArgs) -> LossOutputs:
     if args.need_grad:
         dlogits = logits.detach() if args.inplace else _empty_rows(logits)
     if fresh:
-        next_labels = args.labels.new_empty(fresh)
+        next_labels = torch.empty(fresh, dtype=torch.int64)
         next_valid = torch.empty(fresh, dtype=torch.uint8)
         if args.copy_logits:
             next_logits = logits.new_empty((fresh, logits.shape[1]))
-    scale: Tensor | None = None  # is 1
-    if isinstance(args.grad_scale, Tensor):
-        scale = args.grad_scale
-    elif args.grad_scale != 1:
-        scale = loss.new_full((), args.grad_scale)
-    new = (loss, parts, dlogits, next_logits, next_labels, next_valid)
-    _call(args, (args.ce_count, args.kl_count, scale), (*new, args.stats), fresh)
-    return LossOutputs(*new)
+    scale = args.grad_scale
+    if not isinstance(scale, Tensor):
+        scale = None if scale == 1 else loss.new_full((), scale)
+    out = LossOutputs(loss, parts, dlogits, next_logits, next_labels, next_valid)
+    _call(args, (args.ce_count, args.kl_count, scale), (*out, args.stats), fresh)
+    return out
 
 
 def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | None) -> Tensor:
@@ -95,42 +89,10 @@ def _same(dloss: Tensor, grad_scale: float | Tensor) -> bool:
     return dloss.item() == grad_scale or bool(dloss == grad_scale)
 
 
-def fields(
-    args: LossArgs,
-    scalars: tuple[Tensor | None, Tensor | None, Tensor | None],
-    outputs: tuple[Tensor | None, ...],
-    fresh: int,
-    threads: int,
-) -> tuple[int | float, ...]:
-    """The fields of `DlbArgs`, in its order; FORMAT packs them.
-
-    scalars: ce_count, kl_count, grad_scale. outputs: loss, parts, dlogits, next_logits,
-    next_labels, next_valid, stats.
-    """
-    logits, labels, last, overlap, *rows, weight, ignore_index, smoothing, tau, alpha = args[:12]
-    taus = tau if isinstance(tau, Tensor) else None
-    alphas = alpha if isinstance(alpha, Tensor) else None
-    dlogits = outputs[2]
-    tensors = (logits, labels, last, *rows, weight, taus, alphas, *scalars, *outputs)
-    return (
-        *logits.shape,
-        overlap,
-        fresh,
-        logits.stride(0),
-        0 if last is None else last.stride(-2),
-        0 if dlogits is None else dlogits.stride(0),
-        ignore_index,
-        *[0 if x is None else x.data_ptr() for x in tensors],
-        tau if taus is None else 0.0,
-        alpha if alphas is None else 0.0,
-        smoothing,
-        DTYPES[logits.dtype],
-        0 if last is None else DTYPES[last.dtype],
-        0 if taus is None else taus.dim(),
-        0 if alphas is None else alphas.dim(),
-        threads,
-        0,
-    )
+def dtypes_of(args: LossArgs) -> tuple[int, int]:
+    """Of logits and last_logits, as `DlbDtype`."""
+    last = args.last_logits
+    return DTYPES[args.logits.dtype], 0 if last is None else DTYPES[last.dtype]
 
 
 def _call(
@@ -140,7 +102,8 @@ def _call(
     fresh: int,
 ) -> None:
     assert _kernel is not None
-    bad_row = _kernel.loss(_pack(*fields(args, scalars, outputs, fresh, torch.get_num_threads())))
+    threads = torch.get_num_threads()
+    bad_row = _kernel.loss(args, scalars, outputs, fresh, threads, *dtypes_of(args))
     if bad_row == _kernel.DONE:
         return
     if bad_row == _kernel.NO_MEMORY:

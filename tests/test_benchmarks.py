@@ -461,14 +461,14 @@ def test_operations_and_reads_are_counted(bench: ModuleType, variants: ModuleTyp
 
 
 def test_the_empty_function_is_empty(bench: ModuleType, variants: ModuleType) -> None:
-    """It dispatches what autograd itself needs, and is of the form of ours."""
+    """It makes its two outputs, dispatches nothing else, and is of the form of ours."""
     x = bench.make_inputs(4, 10, "float32", "cpu")
     call = variants.empty(x)
     upstream = torch.ones(())
-    # Of the loss in forward, and in `step`.
-    assert bench.operations(lambda: bench.step(call, upstream)) == ["aten::detach"] * 2
+    dispatched = bench.operations(bench.timed_step(call, upstream))
+    assert dispatched == ["aten::empty_strided"] * 2, dispatched
     loss, (gradient,) = bench.step(call)
-    assert loss.shape == () and torch.equal(gradient, torch.zeros(4, 10))
+    assert loss.shape == () and gradient.shape == (4, 10)
     ours = variants.fused("eager", x).loss().grad_fn
     nothing = call.loss().grad_fn
     assert len(nothing.saved_tensors) == len(ours.saved_tensors)

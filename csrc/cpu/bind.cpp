@@ -1,7 +1,4 @@
-#include <pybind11/pybind11.h>
-
-#include <cstring>
-
+#include "../python_args.h"
 #include "loss.h"
 
 namespace py = pybind11;
@@ -10,14 +7,13 @@ namespace {
 
 constexpr int64_t kReleaseElements = 1 << 15;  // below this the call is over before it would pay
 
-// `packed` is a DlbArgs as bytes. The result is that of dlb_cpu_loss.
-int64_t loss(const py::bytes& packed) {
-  DlbArgs args;
-  if (PyBytes_GET_SIZE(packed.ptr()) != sizeof(args)) throw py::value_error("not a DlbArgs");
-  std::memcpy(&args, PyBytes_AS_STRING(packed.ptr()), sizeof(args));
-  if (args.B * args.C < kReleaseElements) return dlb_cpu_loss(&args);
+// See args_from. The result is that of dlb_cpu_loss.
+int64_t loss(const py::tuple& args, const py::tuple& scalars, const py::tuple& outputs,
+             int64_t fresh, int32_t threads, int32_t dtype, int32_t last_dtype) {
+  const DlbArgs a = dlb::args_from(args, scalars, outputs, fresh, threads, dtype, last_dtype);
+  if (a.B * a.C < kReleaseElements) return dlb_cpu_loss(&a);
   py::gil_scoped_release release;
-  return dlb_cpu_loss(&args);
+  return dlb_cpu_loss(&a);
 }
 
 }  // namespace

@@ -1,8 +1,7 @@
-#include <pybind11/pybind11.h>
-
 #include <cstring>
 #include <utility>
 
+#include "../python_args.h"
 #include "loss.h"
 
 #ifndef DLB_CUDA_ARCHITECTURES
@@ -12,6 +11,13 @@
 namespace py = pybind11;
 
 namespace {
+
+// The first member of a DlbCudaArgs as bytes; see args_from.
+py::bytes pack(const py::tuple& args, const py::tuple& scalars, const py::tuple& outputs,
+               int64_t fresh, int32_t dtype, int32_t last_dtype) {
+  const DlbArgs a = dlb::args_from(args, scalars, outputs, fresh, 0, dtype, last_dtype);
+  return py::bytes(reinterpret_cast<const char*>(&a), sizeof(a));
+}
 
 // `packed` is a DlbCudaArgs as bytes. The result is a cudaError_t.
 template <int (*kFunction)(const DlbCudaArgs*)>
@@ -30,6 +36,7 @@ int call(const py::bytes& packed) {
 #endif
 
 PYBIND11_MODULE(DLB_MODULE, m, py::mod_gil_not_used()) {
+  m.def("pack", &pack);
   m.def("loss", &call<dlb_cuda_loss>);
   m.def("rescale", &call<dlb_cuda_rescale>);
   m.def("versions",
