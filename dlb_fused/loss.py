@@ -130,7 +130,7 @@ def dlb_loss(
         check_inplace(logits, rows, last_logits, options[-1])
     teacher = (last_logits, m, None, None, None)
     gradient = (need_grad, inplace and need_grad)
-    args = LossArgs(rows, labels.contiguous(), *teacher, *options, *gradient)
+    args = LossArgs(*(rows, labels.contiguous(), *teacher, *options, *gradient))
     loss, out = compute(args, backend)
     return DLBParts(loss, *out.parts.unbind()) if return_parts else loss
 

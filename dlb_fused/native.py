@@ -56,9 +56,11 @@ def forward(args: LossArgs) -> LossOutputs:
         next_valid = torch.empty(fresh, dtype=torch.uint8)
         if args.copy_logits:
             next_logits = logits.new_empty((fresh, logits.shape[1]))
-    scale = args.grad_scale
-    if not isinstance(scale, Tensor):
-        scale = None if scale == 1 else loss.new_full((), scale)
+    scale: Tensor | None = None  # is 1
+    if isinstance(args.grad_scale, Tensor):
+        scale = args.grad_scale
+    elif args.grad_scale != 1:
+        scale = loss.new_full((), args.grad_scale)
     out = LossOutputs(loss, parts, dlogits, next_logits, next_labels, next_valid)
     _call(args, (args.ce_count, args.kl_count, scale), (*out, args.stats), fresh)
     return out
