@@ -42,6 +42,14 @@ DLB_DEVICE void copy_async16(void* shared, const void* global) {
 }
 DLB_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// 16 bytes to shared memory as one store; nvcc makes four of an assignment.
+DLB_DEVICE void store_shared16(void* shared, const uint4& raw) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(raw.x), "r"(raw.y),
+               "r"(raw.z), "r"(raw.w)
+               : "memory");
+}
+
 // 2^x: for float the special unit's, which flushes denormals (2 ulp).
 DLB_DEVICE float exp2_of(float x) {
   float y;

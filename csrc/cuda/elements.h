@@ -119,11 +119,6 @@ DLB_DEVICE void store_element(T* to, T value) {
   }
 }
 
-DLB_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other one of a NaN
-DLB_DEVICE double larger(double a, double b) { return fmax(a, b); }
-DLB_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
-DLB_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
-
 template <class R>
 DLB_DEVICE constexpr R infinity() {
   return R(__builtin_huge_val());
@@ -132,6 +127,36 @@ template <class R>
 DLB_DEVICE constexpr R nan() {
   return R(__builtin_nan(""));
 }
+
+// A vector that may be partly outside of a row of C elements, whose first one is that of column
+// `first`: from get(column), -inf outside; and to put(column, element).
+template <class T, class Get>
+DLB_DEVICE uint4 gather_edge(int first, int C, Get get) {
+  T element[kVector<T>];
+#pragma unroll
+  for (int j = 0; j < kVector<T>; ++j) {
+    element[j] = element_of<T>(-infinity<Real<T>>());
+    if (unsigned(first + j) < unsigned(C)) element[j] = get(first + j);
+  }
+  uint4 raw;
+  memcpy(&raw, element, sizeof(raw));
+  return raw;
+}
+template <class T, class Put>
+DLB_DEVICE void scatter_edge(const uint4& raw, int first, int C, Put put) {
+  T element[kVector<T>];
+  memcpy(element, &raw, sizeof(raw));
+#pragma unroll
+  for (int j = 0; j < kVector<T>; ++j) {
+    if (unsigned(first + j) < unsigned(C)) put(first + j, element[j]);
+  }
+}
+
+DLB_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other one of a NaN
+DLB_DEVICE double larger(double a, double b) { return fmax(a, b); }
+DLB_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+DLB_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
+
 template <class R>
 constexpr R kLowest = sizeof(R) == 8 ? R(-1.7976931348623157e308) : R(-3.4028234663852886e38);
 template <class R>

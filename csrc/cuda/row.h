@@ -27,30 +27,15 @@ DLB_DEVICE R load_any(const void* base, int dtype, int64_t index) {
   return real_of(load_element(static_cast<const Float16*>(base) + index));
 }
 
-// The elements of vector v that lie in the row; -inf outside of it.
 template <class T>
 DLB_DEVICE uint4 load_edge(const T* row, int v, int phase, int C) {
-  T element[kVector<T>];
-#pragma unroll
-  for (int j = 0; j < kVector<T>; ++j) {
-    const int c = v * kVector<T> + j - phase;
-    element[j] = element_of<T>(-infinity<Real<T>>());
-    if (c >= 0 && c < C) element[j] = load_element(row + c);
-  }
-  uint4 raw;
-  memcpy(&raw, element, sizeof(raw));
-  return raw;
+  return gather_edge<T>(v * kVector<T> - phase, C, [&](int c) { return load_element(row + c); });
 }
 
 template <class T>
 DLB_DEVICE void store_edge(T* row, const uint4& raw, int v, int phase, int C) {
-  T element[kVector<T>];
-  memcpy(element, &raw, sizeof(raw));
-#pragma unroll
-  for (int j = 0; j < kVector<T>; ++j) {
-    const int c = v * kVector<T> + j - phase;
-    if (c >= 0 && c < C) store_element(row + c, element[j]);
-  }
+  scatter_edge<T>(raw, v * kVector<T> - phase, C,
+                  [&](int c, T element) { store_element(row + c, element); });
 }
 
 template <class T, Source kSource, bool kSmooth>

@@ -178,6 +178,8 @@ DLB_DEVICE R product(R a, R b) {
   return rounded;
 }
 
+inline void store_shared16(void* shared, const uint4& raw) { *static_cast<uint4*>(shared) = raw; }
+
 float exp2_of(float x);
 double exp2_of(double x);
 
