@@ -281,17 +281,18 @@ def _teaching(
 @triton.jit
 def _distil_terms(dot, St, T, tau, alpha, taught, real: tl.constexpr):
     """Equation (3) and the row's part of (4): kl_i and α τ² kl_i."""
-    kl = tl.where(taught, _ln2(real) * (dot / (T * tau) + tl.log2(St / T)), 0.0)
+    kl = _ln2(real) * (dot / T + tl.log2(St / T))
+    # 0 times infinity where q underflows.
+    kl = tl.where((dot - dot == 0) | (St <= 0) | (St != St) | (T != T), kl, float("inf"))
+    kl = tl.where(taught, kl, 0.0)
     return kl, tl.where(taught & (alpha != 0), alpha * tau * tau * kl, 0.0)
 
 
 @triton.jit
-def _divergence(q, u, x):
-    """Σ of this are the terms q (u - x): 0 for a class that the teacher excludes, +inf for one that
-    only the student excludes, even where q underflows."""
-    d = u - x
-    term = tl.where(d == float("inf"), d, q * d)
-    return tl.where(u == float("-inf"), 0.0, term)
+def _gap(u, x):
+    """u - x of equation (3), so that q times it is 0 for a class that the teacher excludes, and not
+    finite for one that only the student excludes."""
+    return tl.maximum(u - x, -1e30)
 
 
 # ---- the end of a launch ----
@@ -405,18 +406,21 @@ def _tile_rows(
     kl = tl.zeros_like(ce)
     distil = kl
     if p is not None:
-        top = tl.where(taught, tl.max(p, 1) * _log2e(real), 0.0)
-        u = _exponent(p, top[:, None], real)
         tau, a, share = _teaching(temperature, alpha, rows, taught, shares[1], TAUS, ALPHAS, real)
-        k = (1.0 / tau)[:, None]
-        q = tl.exp2(u * k)
-        s = tl.exp2(x * k)
+        k = 1.0 / tau
+        scale = k * _log2e(real)
+        top = tl.where(taught, tl.max(p, 1) * scale, 0.0)
+        u = tl.fma(p, scale[:, None], -top[:, None])
+        x *= k[:, None]
+        q = tl.exp2(u)
+        s = tl.exp2(x)
         T = tl.where(taught, tl.sum(q, 1), 1.0)
         St = tl.sum(s, 1)
-        dot = tl.sum(_divergence(q, u, x), 1)
+        dot = tl.sum(q * _gap(u, x), 1)
         kl, distil = _distil_terms(dot, St, T, tau, a, taught, real)
         if GRAD:
-            g += s * (share / St)[:, None] - q * (share / T)[:, None]
+            g += s * (share / St)[:, None]
+            g -= q * (share / T)[:, None]
     if GRAD:
         g = tl.where(valid[:, None], g, 0.0)
     return g, ce, kl, distil, other + x_y
@@ -522,7 +526,7 @@ def _loop_sums(
     z_row, p_row, next_row, kept, y, k, weight, smoothing, C: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr, real: tl.constexpr,
 ):
-    """First pass: max z log2(e), Σ_{c≠y} e, z_y, St, max z' log2(e), T, Σ w.
+    """First pass: max z log2(e), Σ_{c≠y} e, z_y, St, max z' log2(e) / τ, T, Σ w.
 
     Every VECTOR neighbouring columns share a running maximum. It starts finite, so that no
     difference is NaN without cause.
@@ -544,20 +548,22 @@ def _loop_sums(
             if kept:
                 tl.store(next_row + col, raw, mask=col < C)
         z = raw.to(real)
-        hit = col == y
-        z_y += tl.sum(tl.where(hit, z, 0.0), 1)
         top = tl.maximum(z_max, tl.max(z, 1) * _log2e(real))
         x = _exponent(z, top[:, None], real)
-        e = tl.where(hit, 0.0, tl.exp2(x))
+        e = tl.exp2(x)
+        if (y >= start) & (y < start + BLOCK):
+            hit = col == y
+            z_y += tl.sum(tl.where(hit, z, 0.0), 1)
+            e = tl.where(hit, 0.0, e)
         other = other * tl.exp2(z_max - top) + tl.sum(e, 1)
         if p_row is not None:
             p = tl.load(
                 p_row + col, mask=col < C, other=float("-inf"), eviction_policy="evict_last"
             ).to(real)
-            p_top = tl.maximum(p_max, tl.max(p, 1) * _log2e(real))
+            p_top = tl.maximum(p_max, tl.max(p, 1) * (k * _log2e(real)))
             St = St * tl.exp2((z_max - top) * k) + tl.sum(tl.exp2(x * k), 1)
-            q = tl.exp2(_exponent(p, p_top[:, None], real) * k)
-            T = T * tl.exp2((p_max - p_top) * k) + tl.sum(q, 1)
+            q = tl.exp2(tl.fma(p, k * _log2e(real), -p_top[:, None]))
+            T = T * tl.exp2(p_max - p_top) + tl.sum(q, 1)
             p_max = p_top
         if smoothing is not None:
             w = (col < C).to(real)
@@ -569,7 +575,7 @@ def _loop_sums(
     p_top = tl.max(p_max, 0)
     other = tl.sum(other * tl.exp2(z_max - z_top), 0)
     St = tl.sum(St * tl.exp2((z_max - z_top) * k), 0)
-    T = tl.sum(T * tl.exp2((p_max - p_top) * k), 0)
+    T = tl.sum(T * tl.exp2(p_max - p_top), 0)
     return z_top, other, tl.sum(z_y, 0), St, p_top, T, tl.sum(w_sum, 0)
 
 
@@ -580,9 +586,11 @@ def _loop_gradient(
 ):
     """Second pass: writes the gradient, returns Σ q (u - x) (without 1/T) and Σ w x.
 
-    From the end of the row to its start: what was read last is still in the caches.
+    From the end of the row to its start: what was read last is still in the caches. A row that is
+    not valid is not read, and all of its factors are 0.
     """
     factor, at_label, less, from_student, from_teacher = factors
+    z_top = tl.where(valid, z_top, 0.0)
     LANES: tl.constexpr = BLOCK // VECTOR
     lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     dot = tl.zeros([LANES], real)
@@ -591,7 +599,7 @@ def _loop_gradient(
     for back in range(0, C, BLOCK):
         col = LAST - back + lane
         z = tl.load(
-            z_row + col, mask=col < C, other=float("-inf"), eviction_policy="evict_first"
+            z_row + col, mask=(col < C) & valid, other=float("-inf"), eviction_policy="evict_first"
         ).to(real)
         x = _exponent(z, z_top, real)
         w = (col < C).to(real)
@@ -602,21 +610,20 @@ def _loop_gradient(
         g = tl.exp2(x) * factor
         if smoothing is not None:
             g -= less * w
-        g = tl.where(col == y, at_label, g)
+        if (y >= LAST - back) & (y < LAST - back + BLOCK):
+            g = tl.where(col == y, at_label, g)
         if p_row is not None:
             p = tl.load(
                 p_row + col, mask=col < C, other=float("-inf"), eviction_policy="evict_first"
             ).to(real)
-            u = _exponent(p, p_top, real)
-            q = tl.exp2(u * k)
-            g += tl.exp2(x * k) * from_student - q * from_teacher
-            dot += tl.sum(_divergence(q, u, x), 1)
+            u = tl.fma(p, k * _log2e(real), -p_top)
+            x *= k
+            q = tl.exp2(u)
+            g += tl.exp2(x) * from_student
+            g -= q * from_teacher
+            dot += tl.sum(q * _gap(u, x), 1)
         if out_row is not None:
-            g = g.to(out_row.dtype.element_ty)
-            if valid:
-                tl.store(out_row + col, g, mask=col < C)
-            else:
-                tl.store(out_row + col, tl.zeros_like(g), mask=col < C)
+            tl.store(out_row + col, g.to(out_row.dtype.element_ty), mask=col < C)
     return tl.sum(dot, 0), tl.sum(wx_sum, 0)
 
 
@@ -642,6 +649,9 @@ def _loop_row(
     ce, factor, at_label, less = _label_terms(
         (other, x_y, w_sum, w_sum), y, valid, shares[0], batch, smoothing, C, real
     )
+    factor = tl.where(valid, factor, 0.0)
+    at_label = tl.where(valid, at_label, 0.0)
+    less = tl.where(valid, less, 0.0)
     kl = tl.full((), 0, real)
     distil = kl
     if out_row is not None or p_row is not None or smoothing is not None:
