@@ -107,7 +107,8 @@ def hot_loops(
 ) -> list[list[Instruction]]:
     """The usual path through each loop that computes exponentials, or moves 16 bytes at a time.
 
-    ragged: an access is of a single element at an end of a row, as few vectors of it need.
+    ragged: an access is of a single element, at an end of a row or at the label, as few vectors of
+    it need.
     """
 
     def weight(code: list[Instruction]) -> tuple[int, ...]:
@@ -117,7 +118,8 @@ def hot_loops(
         return wide, -ends, len(found) - ends, -len(code)
 
     paths = (graph.code(graph.path(loop, weight)) for loop in graph.loops)
-    return [code for code in paths if sass.count(code, EX2) or weight(code)[0]]
+    wide = (*GLOBAL, "shared load")
+    return [code for code in paths if sass.count(code, EX2) or accesses(code, *wide)[128]]
 
 
 class Pass(NamedTuple):
@@ -280,7 +282,7 @@ def _triton_work(kernel: Kernel, launch: Launch, item: int) -> Work:
     graph = Graph(kernel.blocks)
     passes = []
     if launch.kernel is triton_kernels.loop_kernel:
-        for code in hot_loops(graph):
+        for code in hot_loops(graph, _shared):
             loaded = moved(_of_rows(code), "global load") / item
             # With a teacher 3 exponentials for 2 loads, else 1 for 1, and a few more.
             taught = sass.count(code, EX2) / loaded > 1.4
@@ -295,6 +297,12 @@ def _triton_work(kernel: Kernel, launch: Launch, item: int) -> Work:
             side = [n for n in graph.path(graph.order, weight) if weight(kernel.blocks[n].code)[0]]
             passes.append(Pass(kind, "row", graph.code(side), held))
     return work_of(passes)
+
+
+def _shared(one: Instruction) -> bool:
+    """In the loops of a row, threads meet for the logit of the label alone."""
+    found = sass.access(one)
+    return found is not None and found[0].startswith("shared")
 
 
 def _exponentials_first(sign: int, code: list[Instruction]) -> tuple[int, ...]:
@@ -411,6 +419,10 @@ def _kind(exponentials: float) -> str:
     return "CE" if exponentials < 2 else "KL at temperature 3" if exponentials < 3 else "KL"
 
 
+# Functions without exponentials that work on whole rows, and their steps.
+MOVES = {"fetch": "fetch", "maximum": "maxima", "leave": "leave"}
+
+
 def _cuda_work(loops: list[list[Instruction]], item: int) -> Work:
     passes = []
     moves: dict[int, Pass] = {}  # by the line of the kernel: to or from the tile or chip
@@ -428,16 +440,16 @@ def _cuda_work(loops: list[list[Instruction]], item: int) -> Work:
             step = "gradient" if "gradient" in names else "sums"
             if elements:  # else threads of a row meet there
                 passes.append(Pass(_kind(exponentials / elements), step, code, elements))
-        elif names & {"fetch", "leave"}:
+        elif found := names & MOVES.keys():
             line = max(frames[-1].line for one in code if (frames := _own_frames(one)))
-            one = Pass("", "fetch" if "fetch" in names else "leave", code, elements)
+            one = Pass("", MOVES[found.pop()], code, elements or moved(code, "shared load") / item)
             moves[line] = max(moves.get(line, one), one, key=lambda one: one.elements)
     work = work_of(passes)
     for kind, steps in work.items():
-        for step in "fetch", "leave":
+        for step in MOVES.values():
             costs = [moves[line].cost for line in sorted(moves) if moves[line].step == step]
             # The logits are fetched first, then the teacher.
-            used = costs[:1] if step == "fetch" and kind == "CE" else costs
+            used = costs[:1] if step != "leave" and kind == "CE" else costs
             if used:
                 steps[step] = [round(sum(cost[i] for cost in used), 2) for i in (0, 1)]
     return work

@@ -42,6 +42,14 @@ DLB_DEVICE void copy_async16(void* shared, const void* global) {
 }
 DLB_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// 16 bytes to shared memory as one store; nvcc makes four of an assignment.
+DLB_DEVICE void store_shared16(void* shared, const uint4& raw) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(raw.x), "r"(raw.y),
+               "r"(raw.z), "r"(raw.w)
+               : "memory");
+}
+
 // 2^x: for float the special unit's, which flushes denormals (2 ulp).
 DLB_DEVICE float exp2_of(float x) {
   float y;
@@ -60,6 +68,15 @@ DLB_DEVICE float2 half2_floats(uint32_t word) {
 }
 DLB_DEVICE uint32_t floats_half2(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+DLB_DEVICE uint32_t larger_half2(uint32_t a, uint32_t b) {
+  const __half2 pair = __hmax2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+DLB_DEVICE uint32_t larger_bfloat2(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 pair =
+      __hmax2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 DLB_DEVICE uint32_t floats_bfloat2(float low, float high) {

@@ -26,6 +26,9 @@ struct Element<float> {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
             __float_as_uint(x[3])};
   }
+  static DLB_DEVICE uint32_t larger_word(uint32_t a, uint32_t b) {
+    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+  }
 };
 
 template <>
@@ -58,6 +61,7 @@ struct Element<BFloat16> {
     return {floats_bfloat2(x[0], x[1]), floats_bfloat2(x[2], x[3]), floats_bfloat2(x[4], x[5]),
             floats_bfloat2(x[6], x[7])};
   }
+  static DLB_DEVICE uint32_t larger_word(uint32_t a, uint32_t b) { return larger_bfloat2(a, b); }
 };
 
 template <>
@@ -75,6 +79,7 @@ struct Element<Float16> {
     return {floats_half2(x[0], x[1]), floats_half2(x[2], x[3]), floats_half2(x[4], x[5]),
             floats_half2(x[6], x[7])};
   }
+  static DLB_DEVICE uint32_t larger_word(uint32_t a, uint32_t b) { return larger_half2(a, b); }
 };
 
 template <class T>
@@ -121,8 +126,20 @@ DLB_DEVICE void store_element(T* to, T value) {
 
 DLB_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other one of a NaN
 DLB_DEVICE double larger(double a, double b) { return fmax(a, b); }
-DLB_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
-DLB_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
+
+// Of each element of two vectors the larger one, or the one that is no NaN.
+template <class T>
+DLB_DEVICE uint4 larger_of(const uint4& a, const uint4& b) {
+  if constexpr (sizeof(T) == 8) {
+    double x[2], y[2];
+    Element<T>::unpack(a, x), Element<T>::unpack(b, y);
+    for (int j = 0; j < 2; ++j) x[j] = larger(x[j], y[j]);
+    return Element<T>::pack(x);
+  } else {
+    return {Element<T>::larger_word(a.x, b.x), Element<T>::larger_word(a.y, b.y),
+            Element<T>::larger_word(a.z, b.z), Element<T>::larger_word(a.w, b.w)};
+  }
+}
 
 template <class R>
 DLB_DEVICE constexpr R infinity() {
@@ -132,6 +149,34 @@ template <class R>
 DLB_DEVICE constexpr R nan() {
   return R(__builtin_nan(""));
 }
+
+// A vector that may be partly outside of a row of C elements, whose first one is that of column
+// `first`: from get(column), -inf outside; and to put(column, element).
+template <class T, class Get>
+DLB_DEVICE uint4 gather_edge(int first, int C, Get get) {
+  T element[kVector<T>];
+#pragma unroll
+  for (int j = 0; j < kVector<T>; ++j) {
+    element[j] = element_of<T>(-infinity<Real<T>>());
+    if (unsigned(first + j) < unsigned(C)) element[j] = get(first + j);
+  }
+  uint4 raw;
+  memcpy(&raw, element, sizeof(raw));
+  return raw;
+}
+template <class T, class Put>
+DLB_DEVICE void scatter_edge(const uint4& raw, int first, int C, Put put) {
+  T element[kVector<T>];
+  memcpy(element, &raw, sizeof(raw));
+#pragma unroll
+  for (int j = 0; j < kVector<T>; ++j) {
+    if (unsigned(first + j) < unsigned(C)) put(first + j, element[j]);
+  }
+}
+
+DLB_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+DLB_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
+
 template <class R>
 constexpr R kLowest = sizeof(R) == 8 ? R(-1.7976931348623157e308) : R(-3.4028234663852886e38);
 template <class R>

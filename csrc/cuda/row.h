@@ -11,13 +11,6 @@
 
 enum class Source { kChip, kGlobal, kSingly };
 
-// Row i < min(m, B - m) and row m + i side by side: heavy and light ones fill each other's gaps.
-DLB_DEVICE int64_t row_in_turn(const DlbArgs& a, int64_t turn) {
-  const int64_t m = a.overlap, pairs = m < a.B - m ? m : a.B - m;
-  if (turn < 2 * pairs) return turn % 2 == 0 ? turn / 2 : m + turn / 2;
-  return m > pairs ? turn - pairs : turn;
-}
-
 template <class R>
 DLB_DEVICE R load_any(const void* base, int dtype, int64_t index) {
   if (dtype == DLB_FLOAT64) return R(load(static_cast<const double*>(base) + index));
@@ -27,30 +20,15 @@ DLB_DEVICE R load_any(const void* base, int dtype, int64_t index) {
   return real_of(load_element(static_cast<const Float16*>(base) + index));
 }
 
-// The elements of vector v that lie in the row; -inf outside of it.
 template <class T>
 DLB_DEVICE uint4 load_edge(const T* row, int v, int phase, int C) {
-  T element[kVector<T>];
-#pragma unroll
-  for (int j = 0; j < kVector<T>; ++j) {
-    const int c = v * kVector<T> + j - phase;
-    element[j] = element_of<T>(-infinity<Real<T>>());
-    if (c >= 0 && c < C) element[j] = load_element(row + c);
-  }
-  uint4 raw;
-  memcpy(&raw, element, sizeof(raw));
-  return raw;
+  return gather_edge<T>(v * kVector<T> - phase, C, [&](int c) { return load_element(row + c); });
 }
 
 template <class T>
 DLB_DEVICE void store_edge(T* row, const uint4& raw, int v, int phase, int C) {
-  T element[kVector<T>];
-  memcpy(element, &raw, sizeof(raw));
-#pragma unroll
-  for (int j = 0; j < kVector<T>; ++j) {
-    const int c = v * kVector<T> + j - phase;
-    if (c >= 0 && c < C) store_element(row + c, element[j]);
-  }
+  scatter_edge<T>(raw, v * kVector<T> - phase, C,
+                  [&](int c, T element) { store_element(row + c, element); });
 }
 
 template <class T, Source kSource, bool kSmooth>
@@ -160,17 +138,58 @@ struct RowTeam {
     }
   }
 
-  // First pass: this thread's part of the sums; the row goes into the next cache.
+  DLB_DEVICE int label_vector() const { return facts.label >= 0 ? (facts.label + phase) / kN : -1; }
+
+  // What precedes the first pass of a row on chip: it goes into the next cache, ...
+  DLB_DEVICE void leave() const {
+    int slot = 0;
+    for (int v = thread; v < vectors(); v += threads, ++slot) {
+      store_vector(next, v, *slot_at(slot), next_alike);
+    }
+  }
+
+  // ... the label's class leaves it, so that no other term meets it, ...
+  DLB_DEVICE R take_label(int first_slot) const {
+    const int v = label_vector();
+    if (v < 0 || v % threads != thread) return 0;
+    uint4* slot = slot_at(first_slot + v / threads);
+    T& element = reinterpret_cast<T*>(slot)[facts.label + phase - v * kN];
+    const R label = real_of(element);
+    element = element_of<T>(-infinity<R>());
+    return label;
+  }
+
+  // ... and this thread's maximum is known.
+  DLB_DEVICE R maximum(int slot) const {
+    R x[kN];
+#pragma unroll
+    for (R& each : x) each = kFloor<R>;
+    uint4 most = Element<T>::pack(x);
+    for (int v = thread; v < vectors(); v += threads, ++slot) {
+      most = larger_of<T>(most, *slot_at(slot));
+    }
+    Element<T>::unpack(most, x);
+    return largest(kFloor<R>, x);
+  }
+
+  // First pass: this thread's part of the sums. Read twice, the row goes into the next cache; on
+  // chip it has gone there, and `s` has the maxima and the label's logits.
   template <Kind kKind>
-  DLB_DEVICE Sums<R> sums(Scales<R> scale) const {
-    Sums<R> s = no_sums<R>();
-    const int label_vector = facts.label >= 0 ? (facts.label + phase) / kN : -1;
+  DLB_DEVICE void sums(Sums<R>& s, Scales<R> scale) const {
     each_vector<kKind != Kind::kPlain>([&](int v, const uint4& raw, R(&teacher)[kN]) {
-      if (next != nullptr) store_vector(next, v, raw, next_alike);
+      if (kSource != Source::kChip && next != nullptr) store_vector(next, v, raw, next_alike);
       R x[kN], w[kN] = {};
       Element<T>::unpack(raw, x);
       if constexpr (kSmooth) weights_of(v, w);
-      if (v == label_vector) {
+      if constexpr (kSource == Source::kChip) {
+#pragma unroll
+        for (int j = 0; kSmooth && j < kN; ++j) {
+          if (v * kN + j - phase == facts.label) w[j] = 0;
+        }
+        add_below<kKind, kSmooth>(s, x, teacher, w, scale);
+        return;
+      }
+      if (v == label_vector()) {
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
           if (v * kN + j - phase != facts.label) continue;
@@ -180,7 +199,6 @@ struct RowTeam {
       }
       add<kKind, kSmooth>(s, x, teacher, w, scale);
     });
-    return s;
   }
 
   DLB_DEVICE void write_zeros(T* out) const {
@@ -190,13 +208,12 @@ struct RowTeam {
   // Second pass: the gradient.
   template <Kind kKind>
   DLB_DEVICE void write(T* out, const Gradient<R>& g, Scales<R> scale) const {
-    const int label_vector = facts.label >= 0 ? (facts.label + phase) / kN : -1;
     each_vector<kKind != Kind::kPlain>([&](int v, const uint4& raw, R(&teacher)[kN]) {
       R x[kN], w[kN] = {}, d[kN];
       Element<T>::unpack(raw, x);
       if constexpr (kSmooth) weights_of(v, w);
       gradient<kKind, kSmooth>(g, x, teacher, w, scale, d);
-      if (v == label_vector) {
+      if (v == label_vector()) {
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
           if (v * kN + j - phase == facts.label) d[j] = g.at_label;
@@ -257,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
   const R dloss = gradient_scale<R>(a, done);
   if (done) return;
   const unsigned blocks = cluster_size(), rank = cluster_rank();
-  const int64_t row = row_in_turn(a.loss, blockIdx.x / blocks), first = first_row(a);
+  const int64_t row = in_turn(blockIdx.x / blocks, a.loss.overlap, a.loss.B), first = first_row(a);
   RowFacts<R> facts = row_facts<R>(a, row, first);
   if (a.dloss != nullptr) facts.taught = facts.taught && step_counts<R>(k, {}).keep;
   const int64_t next_row = next_row_of(a, row, first);
@@ -292,20 +309,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
   }
   // While the row is on its way.
   Tally<R> tally = tally_share<R>(k, team.thread, team.threads, first);
-  if constexpr (kSource == Source::kChip) copy_async_wait();
+  Sums<R> s = no_sums<R>();
+  if constexpr (kSource == Source::kChip) {
+    copy_async_wait();
+    if (next != nullptr) team.leave();
+    s.z_label = team.take_label(0);
+    s.z_max = team.maximum(0);
+    if (facts.taught) {
+      s.p_label = team.take_label(k.slots);
+      s.p_max = team.maximum(k.slots);
+    }
+  }
 
   const bool cube = !kSmooth && facts.taught && facts.temperature == 3;
   Kind kind = cube ? Kind::kCube : facts.taught ? Kind::kTaught : Kind::kPlain;
   const Scales<R> scale = scales_of(facts.temperature, cube);
-  Sums<R> s;
   if (kind == Kind::kPlain) {
-    s = team.template sums<Kind::kPlain>(scale);
+    team.template sums<Kind::kPlain>(s, scale);
     meet<Kind::kPlain, kSmooth>(s, tally, scale, k.count, meeting);
   } else {
     if (kind == Kind::kTaught) {
-      s = team.template sums<Kind::kTaught>(scale);
+      team.template sums<Kind::kTaught>(s, scale);
     } else if constexpr (!kSmooth) {
-      s = team.template sums<Kind::kCube>(scale);
+      team.template sums<Kind::kCube>(s, scale);
     }
     meet<Kind::kTaught, kSmooth>(s, tally, scale, k.count, meeting);
   }

@@ -99,12 +99,10 @@ DLB_DEVICE void rebase(Sums<R>& s, R z_max, R p_max, Scales<R> scale) {
   s.z_max = z_max;
 }
 
-// Some more classes. w: their weights in the smoothed target.
+// Some more classes, of which none is above the maxima. w: their weights in the smoothed target.
 template <Kind kKind, bool kSmooth, class R, int kN>
-DLB_DEVICE void add(Sums<R>& s, const R (&z)[kN], const R (&p)[kN], const R (&w)[kN],
-                    Scales<R> scale) {
-  rebase<kKind, kSmooth>(s, largest(s.z_max, z), kKind == Kind::kPlain ? R(0) : largest(s.p_max, p),
-                         scale);
+DLB_DEVICE void add_below(Sums<R>& s, const R (&z)[kN], const R (&p)[kN], const R (&w)[kN],
+                          Scales<R> scale) {
   const R top = top_of(s.z_max, scale.one), z_top = top_of(s.z_max, scale.k),
           p_top = top_of(s.p_max, scale.k);
 #pragma unroll
@@ -126,6 +124,15 @@ DLB_DEVICE void add(Sums<R>& s, const R (&z)[kN], const R (&p)[kN], const R (&w)
   }
 }
 
+// Some more classes.
+template <Kind kKind, bool kSmooth, class R, int kN>
+DLB_DEVICE void add(Sums<R>& s, const R (&z)[kN], const R (&p)[kN], const R (&w)[kN],
+                    Scales<R> scale) {
+  rebase<kKind, kSmooth>(s, largest(s.z_max, z), kKind == Kind::kPlain ? R(0) : largest(s.p_max, p),
+                         scale);
+  add_below<kKind, kSmooth>(s, z, p, w, scale);
+}
+
 // a and b together.
 template <Kind kKind, bool kSmooth, class R>
 DLB_DEVICE Sums<R> merged(Sums<R> a, Sums<R> b, Scales<R> scale) {
@@ -144,28 +151,31 @@ DLB_DEVICE Sums<R> merged(Sums<R> a, Sums<R> b, Scales<R> scale) {
           a.p_label + b.p_label};
 }
 
-// Of the lanes of a warp whose numbers differ in the bits of lanes - 1; all 32 must come.
+// Of the lanes of a warp whose numbers differ in the bits of lanes - 1; all 32 must come. Their
+// maxima meet first, so that sums are brought to another one only once.
 template <Kind kKind, bool kSmooth, class R>
-DLB_DEVICE Sums<R> merged_lanes(Sums<R> a, Scales<R> scale, unsigned lanes) {
+DLB_DEVICE Sums<R> merged_lanes(Sums<R> s, Scales<R> scale, unsigned lanes) {
+  R z_max = s.z_max, p_max = s.p_max;
   for (unsigned mask = 1; mask < lanes; mask *= 2) {
-    Sums<R> b = no_sums<R>();
-    b.z_max = __shfl_xor_sync(~0u, a.z_max, mask);
-    b.other = __shfl_xor_sync(~0u, a.other, mask);
-    b.z_label = __shfl_xor_sync(~0u, a.z_label, mask);
+    z_max = larger(z_max, __shfl_xor_sync(~0u, z_max, mask));
+    if constexpr (kKind != Kind::kPlain) p_max = larger(p_max, __shfl_xor_sync(~0u, p_max, mask));
+  }
+  rebase<kKind, kSmooth>(s, z_max, p_max, scale);
+  for (unsigned mask = 1; mask < lanes; mask *= 2) {
+    s.other += __shfl_xor_sync(~0u, s.other, mask);
+    s.z_label += __shfl_xor_sync(~0u, s.z_label, mask);
     if constexpr (kKind != Kind::kPlain) {
-      b.p_max = __shfl_xor_sync(~0u, a.p_max, mask);
-      b.student = __shfl_xor_sync(~0u, a.student, mask);
-      b.teacher = __shfl_xor_sync(~0u, a.teacher, mask);
-      b.gap = __shfl_xor_sync(~0u, a.gap, mask);
-      b.p_label = __shfl_xor_sync(~0u, a.p_label, mask);
+      s.student += __shfl_xor_sync(~0u, s.student, mask);
+      s.teacher += __shfl_xor_sync(~0u, s.teacher, mask);
+      s.gap += __shfl_xor_sync(~0u, s.gap, mask);
+      s.p_label += __shfl_xor_sync(~0u, s.p_label, mask);
     }
     if constexpr (kSmooth) {
-      b.weights = __shfl_xor_sync(~0u, a.weights, mask);
-      b.smooth = __shfl_xor_sync(~0u, a.smooth, mask);
+      s.weights += __shfl_xor_sync(~0u, s.weights, mask);
+      s.smooth += __shfl_xor_sync(~0u, s.smooth, mask);
     }
-    a = merged<kKind, kSmooth>(a, b, scale);
   }
-  return a;
+  return s;
 }
 
 // What the gradient of a row needs: g = e factor - w less + s from_student - q from_teacher.

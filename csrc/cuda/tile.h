@@ -3,19 +3,50 @@
 // The rows lie in shared memory as they lie in global memory: where those of a block are one piece,
 // they move 16 bytes at a time, whatever C is. The gradient is written over the logits there and
 // leaves in the same way.
+//
+// A row is cut into vectors at multiples of 16 bytes of shared memory. The first and the last one
+// may lie in the next row too, so that their elements are read and written one by one.
 #pragma once
 #include "batch.h"
-
-constexpr int kChunk = 4;  // columns of a thread that share a running maximum
 
 // Rows of C elements in shared memory, and this thread's place among them.
 template <class T>
 struct Tile {
+  static constexpr int kN = kVector<T>;
+
   T* rows;
   int C;
-  int own, lane, lanes;  // the row of this thread, and its columns: lane, lane + lanes, ...
+  int own, lane, lanes;  // the row of this thread, and its vectors: lane, lane + lanes, ...
 
   DLB_DEVICE T& at(int c) const { return rows[own * C + c]; }
+
+  DLB_DEVICE int phase() const { return own * C % kN; }
+  DLB_DEVICE int vectors() const { return (phase() + C + kN - 1) / kN; }
+  DLB_DEVICE int column(int v) const { return v * kN - phase(); }  // its first one, or one before
+  DLB_DEVICE bool whole(int v) const { return column(v) >= 0 && column(v) + kN <= C; }
+  DLB_DEVICE bool has_column(int c) const { return (c + phase()) / kN % lanes == lane; }
+
+  // -inf outside of the row.
+  DLB_DEVICE uint4 vector(int v) const {
+    const T* from = &at(column(v));
+    if (whole(v)) return *reinterpret_cast<const uint4*>(from);
+    return gather_edge<T>(column(v), C, [&](int c) { return at(c); });
+  }
+  DLB_DEVICE void put(int v, const uint4& raw) const {
+    if (whole(v)) {
+      store_shared16(&at(column(v)), raw);
+    } else {
+      scatter_edge<T>(raw, column(v), C, [&](int c, T element) { at(c) = element; });
+    }
+  }
+
+  // By vectors, as all that their threads do: nothing else orders them.
+  DLB_DEVICE void fill(Real<T> value) const {
+    Real<T> x[kN];
+#pragma unroll
+    for (Real<T>& each : x) each = value;
+    for (int v = lane; v < vectors(); v += lanes) put(v, Element<T>::pack(x));
+  }
 
   // `count` rows in one piece, by the whole block.
   DLB_DEVICE void fetch(const T* from, int count) const {
@@ -48,72 +79,68 @@ struct Tile {
 template <class T, bool kSmooth>
 struct TileRow {
   using R = Real<T>;
+  static constexpr int kN = kVector<T>;
 
   const DlbCudaArgs& a;
   const RowFacts<R>& facts;
   const Tile<T>& z;
   const Tile<T>& p;
-  int C;  // 0 for a row that does not exist
+  bool exists;
 
-  // visit(first column, logits, teacher, weights) for the columns of this thread, kChunk at a time;
-  // -inf beyond the row.
-  template <bool kTeacher, class Visit>
-  DLB_DEVICE void each_chunk(Visit visit) const {
-    for (int start = z.lane; start < C; start += kChunk * z.lanes) {
-      R x[kChunk], teacher[kChunk] = {}, w[kChunk] = {};
+  DLB_DEVICE void weights_of(int v, R (&w)[kN]) const {
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) {
-        const int c = start + j * z.lanes;
-        const bool inside = c < C;
-        x[j] = inside ? real_of(z.at(c)) : -infinity<R>();
-        if constexpr (kTeacher) teacher[j] = inside ? real_of(p.at(c)) : -infinity<R>();
-        if constexpr (kSmooth) {
-          w[j] = inside;
-          if (inside && a.loss.weight != nullptr) w[j] = value_at<R>(a.loss.weight, c);
-        }
-      }
-      visit(start, x, teacher, w);
+    for (int j = 0; j < kN; ++j) {
+      const int c = z.column(v) + j;
+      w[j] = unsigned(c) < unsigned(z.C);
+      if (w[j] != 0 && a.loss.weight != nullptr) w[j] = value_at<R>(a.loss.weight, c);
     }
   }
 
-  // The label's class leaves the tile, so that no other term meets it. All 32 lanes must come.
+  // visit(v, logits, teacher, weights) for the vectors of this thread; -inf outside of the row.
+  template <bool kTeacher, class Visit>
+  DLB_DEVICE void each_vector(Visit visit) const {
+    const int end = exists ? z.vectors() : 0;
+    for (int v = z.lane; v < end; v += z.lanes) {
+      R x[kN], teacher[kN] = {}, w[kN] = {};
+      Element<T>::unpack(z.vector(v), x);
+      if constexpr (kTeacher) Element<T>::unpack(p.vector(v), teacher);
+      if constexpr (kSmooth) weights_of(v, w);
+      visit(v, x, teacher, w);
+    }
+  }
+
+  DLB_DEVICE bool has_label() const { return facts.label >= 0 && z.has_column(facts.label); }
+
+  // The label's class leaves the tile, so that no other term meets it.
   DLB_DEVICE void take_label(Sums<R>& s) const {
-    if (facts.label >= 0 && z.lane == 0) s.z_label = real_of(z.at(facts.label));
-    if (facts.taught && z.lane == 0) s.p_label = real_of(p.at(facts.label));
-    __syncwarp();
-    if (facts.label < 0 || facts.label % z.lanes != z.lane) return;
+    if (!has_label()) return;
+    s.z_label = real_of(z.at(facts.label));
     z.at(facts.label) = element_of<T>(-infinity<R>());
-    if (facts.taught) p.at(facts.label) = element_of<T>(-infinity<R>());
+    if (!facts.taught) return;
+    s.p_label = real_of(p.at(facts.label));
+    p.at(facts.label) = element_of<T>(-infinity<R>());
   }
 
   template <Kind kKind>
   DLB_DEVICE void sums(Sums<R>& s, Scales<R> scale) const {
-    each_chunk<kKind != Kind::kPlain>(
-        [&](int start, R(&x)[kChunk], R(&teacher)[kChunk], R(&w)[kChunk]) {
+    each_vector<kKind != Kind::kPlain>([&](int v, R(&x)[kN], R(&teacher)[kN], R(&w)[kN]) {
 #pragma unroll
-          for (int j = 0; kSmooth && j < kChunk; ++j) {
-            if (start + j * z.lanes == facts.label) w[j] = 0;
-          }
-          add<kKind, kSmooth>(s, x, teacher, w, scale);
-        });
+      for (int j = 0; kSmooth && j < kN; ++j) {
+        if (z.column(v) + j == facts.label) w[j] = 0;
+      }
+      add<kKind, kSmooth>(s, x, teacher, w, scale);
+    });
     s = merged_lanes<kKind, kSmooth>(s, scale, z.lanes);
   }
 
   template <Kind kKind>
   DLB_DEVICE void write(const Gradient<R>& g, Scales<R> scale) const {
-    each_chunk<kKind != Kind::kPlain>(
-        [&](int start, R(&x)[kChunk], R(&teacher)[kChunk], R(&w)[kChunk]) {
-          R d[kChunk];
-          gradient<kKind, kSmooth>(g, x, teacher, w, scale, d);
-#pragma unroll
-          for (int j = 0; j < kChunk; ++j) {
-            const int c = start + j * z.lanes;
-            if (c < C) z.at(c) = element_of<T>(facts.valid ? d[j] : R(0));
-          }
-        });
-    if (facts.label >= 0 && facts.valid && facts.label % z.lanes == z.lane) {
-      z.at(facts.label) = element_of<T>(g.at_label);
-    }
+    each_vector<kKind != Kind::kPlain>([&](int v, R(&x)[kN], R(&teacher)[kN], R(&w)[kN]) {
+      R d[kN];
+      gradient<kKind, kSmooth>(g, x, teacher, w, scale, d);
+      z.put(v, Element<T>::pack(d));
+    });
+    if (has_label()) z.at(facts.label) = element_of<T>(g.at_label);
   }
 };
 
@@ -128,7 +155,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   const R dloss = gradient_scale<R>(a, done);
   if (done) return;
   const int C = int(a.loss.C), lanes = k.lanes, height = kThreads / lanes;
-  const int64_t first = first_row(a), top = int64_t(blockIdx.x) * height;
+  const int64_t first = first_row(a);
+  const int64_t tile_index = in_turn(blockIdx.x, (a.loss.overlap + height - 1) / height, gridDim.x);
+  const int64_t top = tile_index * height;
   const int count = a.loss.B - top < height ? int(a.loss.B - top) : height;
   const int own = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int64_t row = top + own, next_row = next_row_of(a, row, first);
@@ -172,14 +201,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   }
 
   if (!n.keep) facts.taught = false;
-  if (heavy && exists && !facts.taught) {
-    for (int c = lane; c < C; c += lanes) p.at(c) = element_of<T>(-infinity<R>());
-  }
+  if (heavy && exists && !facts.taught) p.fill(-infinity<R>());
   // The same kind for all rows of the block, since lanes of different rows meet.
   const bool cube = !kSmooth && heavy && a.loss.temperature_step == 0 &&
                     value_or<R>(a.loss.temperatures, a.loss.temperature) == 3;
   const Scales<R> scale = scales_of(cube ? R(3) : facts.temperature, cube);
-  const TileRow<T, kSmooth> team{a, facts, z, p, exists ? C : 0};
+  const TileRow<T, kSmooth> team{a, facts, z, p, exists};
   Sums<R> s = no_sums<R>();
   team.take_label(s);
   if (!heavy) {
@@ -201,7 +228,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   }
   if (a.loss.dlogits != nullptr) {
     T* const out = static_cast<T*>(a.loss.dlogits);
-    if (!heavy) {
+    if (!facts.valid) {
+      if (exists) z.fill(0);
+    } else if (!heavy) {
       team.template write<Kind::kPlain>(g, scale);
     } else if (!cube) {
       team.template write<Kind::kTaught>(g, scale);
@@ -220,5 +249,5 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   if (leads) cache_row_facts<R>(a, row, next_row, loss.fit);
   R own_sum[3] = {leads ? loss.ce : 0, leads ? loss.kl : 0, leads ? loss.distil : 0};
   total_of_block(own_sum, meeting);
-  finish_launch(a, n, own_sum, blockIdx.x, gridDim.x, meeting);
+  finish_launch(a, n, own_sum, tile_index, gridDim.x, meeting);
 }

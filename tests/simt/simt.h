@@ -178,12 +178,22 @@ DLB_DEVICE R product(R a, R b) {
   return rounded;
 }
 
+inline void store_shared16(void* shared, const uint4& raw) { *static_cast<uint4*>(shared) = raw; }
+
 float exp2_of(float x);
 double exp2_of(double x);
 
 float2 half2_floats(uint32_t word);
 uint32_t floats_half2(float low, float high);
 uint32_t floats_bfloat2(float low, float high);
+inline uint32_t larger_half2(uint32_t a, uint32_t b) {
+  const float2 x = half2_floats(a), y = half2_floats(b);
+  return floats_half2(fmaxf(x.x, y.x), fmaxf(x.y, y.y));
+}
+inline uint32_t larger_bfloat2(uint32_t a, uint32_t b) {
+  const auto low = [](uint32_t word) { return __uint_as_float(word << 16); };
+  return floats_bfloat2(fmaxf(low(a), low(b)), fmaxf(low(a >> 16), low(b >> 16)));
+}
 
 unsigned cluster_rank();
 unsigned cluster_size();
