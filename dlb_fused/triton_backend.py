@@ -28,10 +28,10 @@ else:
     _MISSING = None
 
 # Padded columns of 4-byte reals that one program can keep in registers without spilling, with the
-# warps for it (4 to 16 elements a thread) and the bound on registers: without one, ptxas prefers to
-# spill a word for another program a multiprocessor. Wider rows are read twice, _LOOP_BLOCK columns
-# at a time, three programs a multiprocessor (two with label smoothing).
-_WARPS = ((512, 2, 72), (2048, 4, None), (4096, 8, None), (8192, 16, 128))
+# warps for it: 32 columns a thread, since what a row costs beside its columns (reductions, its
+# end) is paid by every thread. Wider rows are read twice, _LOOP_BLOCK columns at a time, three
+# programs a multiprocessor (two with label smoothing).
+_WARPS = ((1024, 1), (2048, 2), (4096, 4), (8192, 8))
 _LOOP_BLOCK = 2048
 _LOOP_WARPS = 8
 _LOOP_REGISTERS = (80, 96)
@@ -59,15 +59,13 @@ def plan(columns: int, real_bytes: int, item_bytes: int, smoothing: bool) -> Pla
     """The one table of forms, tiles and warps, for rows of `columns` elements."""
     scale = 1 if real_bytes == 4 else 4  # twice the registers, and more for exp2
     block = 1 << (columns - 1).bit_length()
-    for widest, warps, registers in _WARPS:
+    for widest, warps in _WARPS:
         if block * scale <= widest:
             # Several short rows: one access of 16 bytes a thread, 4 elements where rows are odd.
             wide = columns * item_bytes % 16 == 0
             tile = 32 * warps * (16 // item_bytes if wide else 4)
             rows = max(1, min(32 * warps, tile // block))
-            if real_bytes == 8 and registers is not None:
-                registers = 128
-            return Plan(False, rows, block, 1, warps, registers)
+            return Plan(False, rows, block, 1, warps, None)
     registers = _LOOP_REGISTERS[smoothing] if real_bytes == 4 else 128
     return Plan(True, 1, _LOOP_BLOCK // scale, 16 // item_bytes, _LOOP_WARPS, registers)
 

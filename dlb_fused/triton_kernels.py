@@ -3,9 +3,10 @@
 Short rows are read once and stay in registers (`tile_kernel`, several rows a program); longer ones
 are read twice (`loop_kernel`): maxima and sums, then the gradient. Both compute equations (1) to
 (6) of `reference.py` in real: fp64 for fp64 logits, else fp32. Exponents are in base 2:
-x2 = fma(z, log2(e), -M) with M = round(max z · log2(e)). The rounding of M shifts all x2 of a row
-alike, by up to 1e-3 at an offset of 1e4, and no equation changes under a common shift, as long as
-all of its terms use x2. Nothing else needs correcting.
+x = fma(z, k, -top) with top = round(max z · k), where k is log2(e) for the cross-entropy and
+log2(e) / τ for the divergence. The rounding of top shifts all x of a row alike, by up to 1e-3 at an
+offset of 1e4, and no equation changes under a common shift, as long as all of its terms use x; the
+two scales meet in none. Nothing else needs correcting.
 
 Every program leaves its sums in a workspace; the last one to finish adds them up in a fixed order,
 so that the bits do not depend on the schedule. Each program counts the valid rows itself, from L2;
@@ -94,9 +95,9 @@ def _ln2(real: tl.constexpr):
 
 
 @triton.jit
-def _exponent(z, top, real: tl.constexpr):
-    """z log2(e) - top with one rounding; top: the rounded maximum of z log2(e)."""
-    return tl.fma(z, _log2e(real), -top)
+def _exponent(z, top, scale):
+    """z scale - top with one rounding; top: the rounded maximum of z scale."""
+    return tl.fma(z, scale, -top)
 
 
 @triton.jit
@@ -281,17 +282,18 @@ def _teaching(
 @triton.jit
 def _distil_terms(dot, St, T, tau, alpha, taught, real: tl.constexpr):
     """Equation (3) and the row's part of (4): kl_i and α τ² kl_i."""
-    kl = tl.where(taught, _ln2(real) * (dot / (T * tau) + tl.log2(St / T)), 0.0)
+    kl = _ln2(real) * (dot / T + tl.log2(St / T))
+    # 0 times infinity where q underflows.
+    kl = tl.where((dot - dot == 0) | (St <= 0) | (St != St) | (T != T), kl, float("inf"))
+    kl = tl.where(taught, kl, 0.0)
     return kl, tl.where(taught & (alpha != 0), alpha * tau * tau * kl, 0.0)
 
 
 @triton.jit
-def _divergence(q, u, x):
-    """Σ of this are the terms q (u - x): 0 for a class that the teacher excludes, +inf for one that
-    only the student excludes, even where q underflows."""
-    d = u - x
-    term = tl.where(d == float("inf"), d, q * d)
-    return tl.where(u == float("-inf"), 0.0, term)
+def _gap(u, x):
+    """u - x of equation (3), so that q times it is 0 for a class that the teacher excludes, and not
+    finite for one that only the student excludes."""
+    return tl.maximum(u - x, -1e30)
 
 
 # ---- the end of a launch ----
@@ -365,6 +367,17 @@ def _scales(grad_scale, dloss, real: tl.constexpr):
 
 
 @triton.jit
+def _in_turn(heavy):
+    """What this program works on, of things of which the first `heavy` ones have a teacher: heavy
+    and light ones side by side, so that they fill each other's gaps."""
+    turn = tl.program_id(0)
+    pairs = tl.minimum(heavy, tl.num_programs(0) - heavy)
+    index = tl.where(turn % 2 == 0, turn // 2, heavy + turn // 2)
+    rest = tl.where(heavy > pairs, turn - pairs, turn)
+    return tl.where(turn < 2 * pairs, index, rest)
+
+
+@triton.jit
 def _cache_row(rows, B, fresh, first):
     """The row of the next cache for each row of the batch, and whether it has one."""
     return rows - (B - fresh) + first, (rows >= B - fresh) & (rows < B)
@@ -381,7 +394,8 @@ def _tile_rows(
 ):
     """Gradient of a tile; then for each row ce, kl, α τ² kl, and NaN if it must never teach."""
     hit = cols[None, :] == tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)[:, None]
-    x = _exponent(z, (tl.max(z, 1) * _log2e(real))[:, None], real)
+    z_max = tl.max(z, 1)
+    x = _exponent(z, (z_max * _log2e(real))[:, None], _log2e(real))
     e = tl.exp2(x)
     other = tl.sum(tl.where(hit, 0.0, e), 1)
     x_y = tl.sum(tl.where(hit, x, 0.0), 1)
@@ -405,18 +419,20 @@ def _tile_rows(
     kl = tl.zeros_like(ce)
     distil = kl
     if p is not None:
-        top = tl.where(taught, tl.max(p, 1) * _log2e(real), 0.0)
-        u = _exponent(p, top[:, None], real)
         tau, a, share = _teaching(temperature, alpha, rows, taught, shares[1], TAUS, ALPHAS, real)
-        k = (1.0 / tau)[:, None]
-        q = tl.exp2(u * k)
-        s = tl.exp2(x * k)
+        k = _log2e(real) / tau
+        top = tl.where(taught, tl.max(p, 1) * k, 0.0)
+        u = _exponent(p, top[:, None], k[:, None])
+        x = _exponent(z, (z_max * k)[:, None], k[:, None])
+        q = tl.exp2(u)
+        s = tl.exp2(x)
         T = tl.where(taught, tl.sum(q, 1), 1.0)
         St = tl.sum(s, 1)
-        dot = tl.sum(_divergence(q, u, x), 1)
+        dot = tl.sum(q * _gap(u, x), 1)
         kl, distil = _distil_terms(dot, St, T, tau, a, taught, real)
         if GRAD:
-            g += s * (share / St)[:, None] - q * (share / T)[:, None]
+            g += s * (share / St)[:, None]
+            g -= q * (share / T)[:, None]
     if GRAD:
         g = tl.where(valid[:, None], g, 0.0)
     return g, ce, kl, distil, other + x_y
@@ -447,7 +463,8 @@ def tile_kernel(
             return
     first = _first_row(batch.parity, slot_rows, BACKWARD)
     size = (B, m, first, ignore_index)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile = _in_turn(tl.cdiv(m, ROWS))
+    rows = tile * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     seen = (cols < C)[None, :]
     inside = (rows < B)[:, None] & seen
@@ -481,7 +498,7 @@ def tile_kernel(
         taught = (taught.to(tl.int32) * n[2]) > 0
         # Of several rows some may not be taught. A condition that the compiler knows to be the same
         # for all threads: any other doubles the code around the shuffles.
-        some = tl.program_id(0) * ROWS < m
+        some = tile * ROWS < m
         if ROWS == 1:
             some = tl.max(taught.to(tl.int32), 0) > 0
         else:
@@ -522,7 +539,7 @@ def _loop_sums(
     z_row, p_row, next_row, kept, y, k, weight, smoothing, C: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr, real: tl.constexpr,
 ):
-    """First pass: max z log2(e), Σ_{c≠y} e, z_y, St, max z' log2(e), T, Σ w.
+    """First pass: max z log2(e), Σ_{c≠y} e, z_y, max z k, St, max z' k, T, Σ w; k = log2(e) / τ.
 
     Every VECTOR neighbouring columns share a running maximum. It starts finite, so that no
     difference is NaN without cause.
@@ -531,6 +548,7 @@ def _loop_sums(
     lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     lowest = -1.7976931348623157e308 if real == tl.float64 else -3.4028234663852886e38
     z_max = tl.full([LANES], lowest, real)
+    zk_max = z_max
     p_max = z_max
     other = tl.zeros([LANES], real)
     St = other
@@ -544,20 +562,25 @@ def _loop_sums(
             if kept:
                 tl.store(next_row + col, raw, mask=col < C)
         z = raw.to(real)
-        hit = col == y
-        z_y += tl.sum(tl.where(hit, z, 0.0), 1)
-        top = tl.maximum(z_max, tl.max(z, 1) * _log2e(real))
-        x = _exponent(z, top[:, None], real)
-        e = tl.where(hit, 0.0, tl.exp2(x))
+        largest = tl.max(z, 1)
+        top = tl.maximum(z_max, largest * _log2e(real))
+        e = tl.exp2(_exponent(z, top[:, None], _log2e(real)))
+        if (y >= start) & (y < start + BLOCK):
+            hit = col == y
+            z_y += tl.sum(tl.where(hit, z, 0.0), 1)
+            e = tl.where(hit, 0.0, e)
         other = other * tl.exp2(z_max - top) + tl.sum(e, 1)
         if p_row is not None:
             p = tl.load(
                 p_row + col, mask=col < C, other=float("-inf"), eviction_policy="evict_last"
             ).to(real)
-            p_top = tl.maximum(p_max, tl.max(p, 1) * _log2e(real))
-            St = St * tl.exp2((z_max - top) * k) + tl.sum(tl.exp2(x * k), 1)
-            q = tl.exp2(_exponent(p, p_top[:, None], real) * k)
-            T = T * tl.exp2((p_max - p_top) * k) + tl.sum(q, 1)
+            zk_top = tl.maximum(zk_max, largest * k)
+            s = tl.exp2(_exponent(z, zk_top[:, None], k))
+            St = St * tl.exp2(zk_max - zk_top) + tl.sum(s, 1)
+            zk_max = zk_top
+            p_top = tl.maximum(p_max, tl.max(p, 1) * k)
+            q = tl.exp2(_exponent(p, p_top[:, None], k))
+            T = T * tl.exp2(p_max - p_top) + tl.sum(q, 1)
             p_max = p_top
         if smoothing is not None:
             w = (col < C).to(real)
@@ -566,23 +589,26 @@ def _loop_sums(
             w_sum += tl.sum(w, 1)
         z_max = top
     z_top = tl.max(z_max, 0)
+    zk_top = tl.max(zk_max, 0)
     p_top = tl.max(p_max, 0)
     other = tl.sum(other * tl.exp2(z_max - z_top), 0)
-    St = tl.sum(St * tl.exp2((z_max - z_top) * k), 0)
-    T = tl.sum(T * tl.exp2((p_max - p_top) * k), 0)
-    return z_top, other, tl.sum(z_y, 0), St, p_top, T, tl.sum(w_sum, 0)
+    St = tl.sum(St * tl.exp2(zk_max - zk_top), 0)
+    T = tl.sum(T * tl.exp2(p_max - p_top), 0)
+    return z_top, other, tl.sum(z_y, 0), zk_top, St, p_top, T, tl.sum(w_sum, 0)
 
 
 @triton.jit
 def _loop_gradient(
-    z_row, p_row, out_row, y, valid, z_top, p_top, k, factors, weight, smoothing, C: tl.constexpr,
+    z_row, p_row, out_row, y, valid, z_top, zk_top, p_top, k, factors, weight, smoothing, C: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, real: tl.constexpr,
 ):
     """Second pass: writes the gradient, returns Σ q (u - x) (without 1/T) and Σ w x.
 
-    From the end of the row to its start: what was read last is still in the caches.
+    From the end of the row to its start: what was read last is still in the caches. A row that is
+    not valid is not read, and all of its factors are 0.
     """
     factor, at_label, less, from_student, from_teacher = factors
+    z_top = tl.where(valid, z_top, 0.0)
     LANES: tl.constexpr = BLOCK // VECTOR
     lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     dot = tl.zeros([LANES], real)
@@ -591,9 +617,9 @@ def _loop_gradient(
     for back in range(0, C, BLOCK):
         col = LAST - back + lane
         z = tl.load(
-            z_row + col, mask=col < C, other=float("-inf"), eviction_policy="evict_first"
+            z_row + col, mask=(col < C) & valid, other=float("-inf"), eviction_policy="evict_first"
         ).to(real)
-        x = _exponent(z, z_top, real)
+        x = _exponent(z, z_top, _log2e(real))
         w = (col < C).to(real)
         if smoothing is not None:
             if weight is not None:
@@ -602,21 +628,20 @@ def _loop_gradient(
         g = tl.exp2(x) * factor
         if smoothing is not None:
             g -= less * w
-        g = tl.where(col == y, at_label, g)
+        if (y >= LAST - back) & (y < LAST - back + BLOCK):
+            g = tl.where(col == y, at_label, g)
         if p_row is not None:
             p = tl.load(
                 p_row + col, mask=col < C, other=float("-inf"), eviction_policy="evict_first"
             ).to(real)
-            u = _exponent(p, p_top, real)
-            q = tl.exp2(u * k)
-            g += tl.exp2(x * k) * from_student - q * from_teacher
-            dot += tl.sum(_divergence(q, u, x), 1)
+            x = _exponent(z, zk_top, k)
+            u = _exponent(p, p_top, k)
+            q = tl.exp2(u)
+            g += tl.exp2(x) * from_student
+            g -= q * from_teacher
+            dot += tl.sum(q * _gap(u, x), 1)
         if out_row is not None:
-            g = g.to(out_row.dtype.element_ty)
-            if valid:
-                tl.store(out_row + col, g, mask=col < C)
-            else:
-                tl.store(out_row + col, tl.zeros_like(g), mask=col < C)
+            tl.store(out_row + col, g.to(out_row.dtype.element_ty), mask=col < C)
     return tl.sum(dot, 0), tl.sum(wx_sum, 0)
 
 
@@ -634,14 +659,17 @@ def _loop_row(
     share = k
     if p_row is not None:
         tau, a, share = _teaching(temperature, alpha, row, taught, shares[1], TAUS, ALPHAS, real)
-        k = 1.0 / tau
-    z_top, other, z_y, St, p_top, T, w_sum = _loop_sums(
+        k = _log2e(real) / tau
+    z_top, other, z_y, zk_top, St, p_top, T, w_sum = _loop_sums(
         z_row, p_row, next_row, kept, label, k, batch.weight, smoothing, C, BLOCK, VECTOR, real
     )
-    x_y = tl.where(label >= 0, _exponent(z_y, z_top, real), 0.0)
+    x_y = tl.where(label >= 0, _exponent(z_y, z_top, _log2e(real)), 0.0)
     ce, factor, at_label, less = _label_terms(
         (other, x_y, w_sum, w_sum), y, valid, shares[0], batch, smoothing, C, real
     )
+    factor = tl.where(valid, factor, 0.0)
+    at_label = tl.where(valid, at_label, 0.0)
+    less = tl.where(valid, less, 0.0)
     kl = tl.full((), 0, real)
     distil = kl
     if out_row is not None or p_row is not None or smoothing is not None:
@@ -651,7 +679,7 @@ def _loop_row(
             from_student = share / St
             from_teacher = share / T
         dot, wx_sum = _loop_gradient(
-            z_row, p_row, out_row, label, valid, z_top, p_top, k, (factor, at_label, less,
+            z_row, p_row, out_row, label, valid, z_top, zk_top, p_top, k, (factor, at_label, less,
             from_student, from_teacher), batch.weight, smoothing, C, BLOCK, VECTOR, real
         )
         if smoothing is not None:
@@ -686,7 +714,7 @@ def loop_kernel(
             return
     first = _first_row(batch.parity, slot_rows, BACKWARD)
     size = (B, m, first, ignore_index)
-    row = tl.program_id(0)
+    row = _in_turn(m)
     row64 = row.to(tl.int64)
     y = tl.load(batch.labels + row)
     valid = y != ignore_index

@@ -40,17 +40,23 @@ def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
     return interpreter.TensorHandle(data.astype(z.data.dtype), z.dtype.scalar)
 
 
+def _maxnum(self: Any, x: Any, y: Any) -> Any:
+    """Of a NaN and a number the number; the interpreter gives NaN."""
+    return self.binary_op(x, y, np.fmax)
+
+
 @contextlib.contextmanager
 def faithful() -> Iterator[None]:
-    """Rounds to bf16 and in fma as a GPU does, and keeps numpy quiet about masked lanes."""
-    cast, fma = _Builder.cast_impl, _Builder.create_fma
-    _Builder.cast_impl, _Builder.create_fma = _cast(cast), _fma
+    """Rounds to bf16, in fma and takes maxima as a GPU does; keeps numpy quiet about masked lanes."""
+    builtin = _Builder.cast_impl, _Builder.create_fma, _Builder.create_maxnumf
+    _Builder.cast_impl, _Builder.create_fma = _cast(_Builder.cast_impl), _fma
+    _Builder.create_maxnumf = _maxnum
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All-NaN slice")
             yield
     finally:
-        _Builder.cast_impl, _Builder.create_fma = cast, fma
+        _Builder.cast_impl, _Builder.create_fma, _Builder.create_maxnumf = builtin
 
 
 class Checker(contextlib.ExitStack):

@@ -370,13 +370,11 @@ def test_planted_access_out_of_bounds_is_caught(tmp_path: Path) -> None:
         tmp_path, "inside = (rows < B)[:, None] & seen", "inside = (rows < B + 1)[:, None] & seen"
     )
     with pytest.raises(InterpreterError, match="out of bounds"):
-        forward(make(5, 100, 2), module=module)
+        forward(make(5, 30, 2), module=module)
 
 
 def test_planted_write_conflict_is_caught(tmp_path: Path) -> None:
-    module = patched(
-        tmp_path, "rows = tl.program_id(0) * ROWS", "rows = tl.program_id(0) // 2 * ROWS"
-    )
+    module = patched(tmp_path, "rows = tile * ROWS", "rows = tile // 2 * ROWS")
     with pytest.raises(InterpreterError, match="both write"):
         forward(make(8, 100, 2), module=module)
 

@@ -189,6 +189,14 @@ DLB_DEVICE R gradient_scale(const DlbCudaArgs& a, bool& done) {
   return scale;
 }
 
+// Of `all` rows, or tiles of rows, the one whose turn it is, if the first ones are heavy: heavy and
+// light ones side by side, so that they fill each other's gaps.
+DLB_DEVICE int64_t in_turn(int64_t turn, int64_t heavy, int64_t all) {
+  const int64_t pairs = heavy < all - heavy ? heavy : all - heavy;
+  if (turn < 2 * pairs) return turn % 2 == 0 ? turn / 2 : heavy + turn / 2;
+  return heavy > pairs ? turn - pairs : turn;
+}
+
 // The row of the next cache, -1 for none.
 DLB_DEVICE int64_t next_row_of(const DlbCudaArgs& a, int64_t row, int64_t first) {
   const int64_t fresh_row = row - (a.loss.B - a.loss.fresh);

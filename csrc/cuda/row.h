@@ -11,13 +11,6 @@
 
 enum class Source { kChip, kGlobal, kSingly };
 
-// Row i < min(m, B - m) and row m + i side by side: heavy and light ones fill each other's gaps.
-DLB_DEVICE int64_t row_in_turn(const DlbArgs& a, int64_t turn) {
-  const int64_t m = a.overlap, pairs = m < a.B - m ? m : a.B - m;
-  if (turn < 2 * pairs) return turn % 2 == 0 ? turn / 2 : m + turn / 2;
-  return m > pairs ? turn - pairs : turn;
-}
-
 template <class R>
 DLB_DEVICE R load_any(const void* base, int dtype, int64_t index) {
   if (dtype == DLB_FLOAT64) return R(load(static_cast<const double*>(base) + index));
@@ -242,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
   const R dloss = gradient_scale<R>(a, done);
   if (done) return;
   const unsigned blocks = cluster_size(), rank = cluster_rank();
-  const int64_t row = row_in_turn(a.loss, blockIdx.x / blocks), first = first_row(a);
+  const int64_t row = in_turn(blockIdx.x / blocks, a.loss.overlap, a.loss.B), first = first_row(a);
   RowFacts<R> facts = row_facts<R>(a, row, first);
   if (a.dloss != nullptr) facts.taught = facts.taught && step_counts<R>(k, {}).keep;
   const int64_t next_row = next_row_of(a, row, first);

@@ -151,7 +151,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   const R dloss = gradient_scale<R>(a, done);
   if (done) return;
   const int C = int(a.loss.C), lanes = k.lanes, height = kThreads / lanes;
-  const int64_t first = first_row(a), top = int64_t(blockIdx.x) * height;
+  const int64_t first = first_row(a);
+  const int64_t tile_index = in_turn(blockIdx.x, (a.loss.overlap + height - 1) / height, gridDim.x);
+  const int64_t top = tile_index * height;
   const int count = a.loss.B - top < height ? int(a.loss.B - top) : height;
   const int own = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int64_t row = top + own, next_row = next_row_of(a, row, first);
@@ -245,5 +247,5 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   if (leads) cache_row_facts<R>(a, row, next_row, loss.fit);
   R own_sum[3] = {leads ? loss.ce : 0, leads ? loss.kl : 0, leads ? loss.distil : 0};
   total_of_block(own_sum, meeting);
-  finish_launch(a, n, own_sum, blockIdx.x, gridDim.x, meeting);
+  finish_launch(a, n, own_sum, tile_index, gridDim.x, meeting);
 }
