@@ -479,7 +479,7 @@ FAULTS: dict[str, tuple[Fault, Callable[[], LossArgs], str]] = {
         Fault("row.h", "(kSource == Source::kChip) copy_async_wait();", "(false) {}"), CHIP, ""),
     "wait for the tile": (Fault("tile.h", "copy_async_wait();", ""), TILE, ""),
     "read beyond the row": (
-        Fault("row.h", "c < C) element[j] = load", "c <= C) element[j] = load"),
+        Fault("elements.h", "unsigned(C)) element[j] = get", "unsigned(C) + 1) element[j] = get"),
         lambda: make(2, 1101, 1), "load of 4 bytes out of bounds"),
     "read beyond the tile": (
         Fault("tile.h", "const int all = count * C, whole = all / kVector<T>;\n    for (int v = "

@@ -40,6 +40,14 @@ struct Tile {
     }
   }
 
+  // By vectors, as all that their threads do: nothing else orders them.
+  DLB_DEVICE void fill(Real<T> value) const {
+    Real<T> x[kN];
+#pragma unroll
+    for (Real<T>& each : x) each = value;
+    for (int v = lane; v < vectors(); v += lanes) put(v, Element<T>::pack(x));
+  }
+
   // `count` rows in one piece, by the whole block.
   DLB_DEVICE void fetch(const T* from, int count) const {
     const int all = count * C, whole = all / kVector<T>;
@@ -125,10 +133,6 @@ struct TileRow {
     s = merged_lanes<kKind, kSmooth>(s, scale, z.lanes);
   }
 
-  DLB_DEVICE void write_zeros() const {
-    for (int c = z.lane; c < z.C; c += z.lanes) z.at(c) = element_of<T>(0);
-  }
-
   template <Kind kKind>
   DLB_DEVICE void write(const Gradient<R>& g, Scales<R> scale) const {
     each_vector<kKind != Kind::kPlain>([&](int v, R(&x)[kN], R(&teacher)[kN], R(&w)[kN]) {
@@ -197,9 +201,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   }
 
   if (!n.keep) facts.taught = false;
-  if (heavy && exists && !facts.taught) {
-    for (int c = lane; c < C; c += lanes) p.at(c) = element_of<T>(-infinity<R>());
-  }
+  if (heavy && exists && !facts.taught) p.fill(-infinity<R>());
   // The same kind for all rows of the block, since lanes of different rows meet.
   const bool cube = !kSmooth && heavy && a.loss.temperature_step == 0 &&
                     value_or<R>(a.loss.temperatures, a.loss.temperature) == 3;
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   if (a.loss.dlogits != nullptr) {
     T* const out = static_cast<T*>(a.loss.dlogits);
     if (!facts.valid) {
-      if (exists) team.write_zeros();
+      if (exists) z.fill(0);
     } else if (!heavy) {
       team.template write<Kind::kPlain>(g, scale);
     } else if (!cube) {
