@@ -117,7 +117,8 @@ def hot_loops(
         return wide, -ends, len(found) - ends, -len(code)
 
     paths = (graph.code(graph.path(loop, weight)) for loop in graph.loops)
-    return [code for code in paths if sass.count(code, EX2) or weight(code)[0]]
+    wide = (*GLOBAL, "shared load")
+    return [code for code in paths if sass.count(code, EX2) or accesses(code, *wide)[128]]
 
 
 class Pass(NamedTuple):
@@ -411,6 +412,10 @@ def _kind(exponentials: float) -> str:
     return "CE" if exponentials < 2 else "KL at temperature 3" if exponentials < 3 else "KL"
 
 
+# Functions without exponentials that work on whole rows, and their steps.
+MOVES = {"fetch": "fetch", "maximum": "maxima", "leave": "leave"}
+
+
 def _cuda_work(loops: list[list[Instruction]], item: int) -> Work:
     passes = []
     moves: dict[int, Pass] = {}  # by the line of the kernel: to or from the tile or chip
@@ -428,16 +433,16 @@ def _cuda_work(loops: list[list[Instruction]], item: int) -> Work:
             step = "gradient" if "gradient" in names else "sums"
             if elements:  # else threads of a row meet there
                 passes.append(Pass(_kind(exponentials / elements), step, code, elements))
-        elif names & {"fetch", "leave"}:
+        elif found := names & MOVES.keys():
             line = max(frames[-1].line for one in code if (frames := _own_frames(one)))
-            one = Pass("", "fetch" if "fetch" in names else "leave", code, elements)
+            one = Pass("", MOVES[found.pop()], code, elements or moved(code, "shared load") / item)
             moves[line] = max(moves.get(line, one), one, key=lambda one: one.elements)
     work = work_of(passes)
     for kind, steps in work.items():
-        for step in "fetch", "leave":
+        for step in MOVES.values():
             costs = [moves[line].cost for line in sorted(moves) if moves[line].step == step]
             # The logits are fetched first, then the teacher.
-            used = costs[:1] if step == "fetch" and kind == "CE" else costs
+            used = costs[:1] if step != "leave" and kind == "CE" else costs
             if used:
                 steps[step] = [round(sum(cost[i] for cost in used), 2) for i in (0, 1)]
     return work

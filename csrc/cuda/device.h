@@ -70,6 +70,15 @@ DLB_DEVICE uint32_t floats_half2(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
+DLB_DEVICE uint32_t larger_half2(uint32_t a, uint32_t b) {
+  const __half2 pair = __hmax2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+DLB_DEVICE uint32_t larger_bfloat2(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 pair =
+      __hmax2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
 DLB_DEVICE uint32_t floats_bfloat2(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);

@@ -26,6 +26,9 @@ struct Element<float> {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
             __float_as_uint(x[3])};
   }
+  static DLB_DEVICE uint32_t larger_word(uint32_t a, uint32_t b) {
+    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+  }
 };
 
 template <>
@@ -58,6 +61,7 @@ struct Element<BFloat16> {
     return {floats_bfloat2(x[0], x[1]), floats_bfloat2(x[2], x[3]), floats_bfloat2(x[4], x[5]),
             floats_bfloat2(x[6], x[7])};
   }
+  static DLB_DEVICE uint32_t larger_word(uint32_t a, uint32_t b) { return larger_bfloat2(a, b); }
 };
 
 template <>
@@ -75,6 +79,7 @@ struct Element<Float16> {
     return {floats_half2(x[0], x[1]), floats_half2(x[2], x[3]), floats_half2(x[4], x[5]),
             floats_half2(x[6], x[7])};
   }
+  static DLB_DEVICE uint32_t larger_word(uint32_t a, uint32_t b) { return larger_half2(a, b); }
 };
 
 template <class T>
@@ -119,6 +124,23 @@ DLB_DEVICE void store_element(T* to, T value) {
   }
 }
 
+DLB_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other one of a NaN
+DLB_DEVICE double larger(double a, double b) { return fmax(a, b); }
+
+// Of each element of two vectors the larger one, or the one that is no NaN.
+template <class T>
+DLB_DEVICE uint4 larger_of(const uint4& a, const uint4& b) {
+  if constexpr (sizeof(T) == 8) {
+    double x[2], y[2];
+    Element<T>::unpack(a, x), Element<T>::unpack(b, y);
+    for (int j = 0; j < 2; ++j) x[j] = larger(x[j], y[j]);
+    return Element<T>::pack(x);
+  } else {
+    return {Element<T>::larger_word(a.x, b.x), Element<T>::larger_word(a.y, b.y),
+            Element<T>::larger_word(a.z, b.z), Element<T>::larger_word(a.w, b.w)};
+  }
+}
+
 template <class R>
 DLB_DEVICE constexpr R infinity() {
   return R(__builtin_huge_val());
@@ -152,8 +174,6 @@ DLB_DEVICE void scatter_edge(const uint4& raw, int first, int C, Put put) {
   }
 }
 
-DLB_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other one of a NaN
-DLB_DEVICE double larger(double a, double b) { return fmax(a, b); }
 DLB_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 DLB_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 

@@ -138,17 +138,58 @@ struct RowTeam {
     }
   }
 
-  // First pass: this thread's part of the sums; the row goes into the next cache.
+  DLB_DEVICE int label_vector() const { return facts.label >= 0 ? (facts.label + phase) / kN : -1; }
+
+  // What precedes the first pass of a row on chip: it goes into the next cache, ...
+  DLB_DEVICE void leave() const {
+    int slot = 0;
+    for (int v = thread; v < vectors(); v += threads, ++slot) {
+      store_vector(next, v, *slot_at(slot), next_alike);
+    }
+  }
+
+  // ... the label's class leaves it, so that no other term meets it, ...
+  DLB_DEVICE R take_label(int first_slot) const {
+    const int v = label_vector();
+    if (v < 0 || v % threads != thread) return 0;
+    uint4* slot = slot_at(first_slot + v / threads);
+    T& element = reinterpret_cast<T*>(slot)[facts.label + phase - v * kN];
+    const R label = real_of(element);
+    element = element_of<T>(-infinity<R>());
+    return label;
+  }
+
+  // ... and this thread's maximum is known.
+  DLB_DEVICE R maximum(int slot) const {
+    R x[kN];
+#pragma unroll
+    for (R& each : x) each = kFloor<R>;
+    uint4 most = Element<T>::pack(x);
+    for (int v = thread; v < vectors(); v += threads, ++slot) {
+      most = larger_of<T>(most, *slot_at(slot));
+    }
+    Element<T>::unpack(most, x);
+    return largest(kFloor<R>, x);
+  }
+
+  // First pass: this thread's part of the sums. Read twice, the row goes into the next cache; on
+  // chip it has gone there, and `s` has the maxima and the label's logits.
   template <Kind kKind>
-  DLB_DEVICE Sums<R> sums(Scales<R> scale) const {
-    Sums<R> s = no_sums<R>();
-    const int label_vector = facts.label >= 0 ? (facts.label + phase) / kN : -1;
+  DLB_DEVICE void sums(Sums<R>& s, Scales<R> scale) const {
     each_vector<kKind != Kind::kPlain>([&](int v, const uint4& raw, R(&teacher)[kN]) {
-      if (next != nullptr) store_vector(next, v, raw, next_alike);
+      if (kSource != Source::kChip && next != nullptr) store_vector(next, v, raw, next_alike);
       R x[kN], w[kN] = {};
       Element<T>::unpack(raw, x);
       if constexpr (kSmooth) weights_of(v, w);
-      if (v == label_vector) {
+      if constexpr (kSource == Source::kChip) {
+#pragma unroll
+        for (int j = 0; kSmooth && j < kN; ++j) {
+          if (v * kN + j - phase == facts.label) w[j] = 0;
+        }
+        add_below<kKind, kSmooth>(s, x, teacher, w, scale);
+        return;
+      }
+      if (v == label_vector()) {
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
           if (v * kN + j - phase != facts.label) continue;
@@ -158,7 +199,6 @@ struct RowTeam {
       }
       add<kKind, kSmooth>(s, x, teacher, w, scale);
     });
-    return s;
   }
 
   DLB_DEVICE void write_zeros(T* out) const {
@@ -168,13 +208,12 @@ struct RowTeam {
   // Second pass: the gradient.
   template <Kind kKind>
   DLB_DEVICE void write(T* out, const Gradient<R>& g, Scales<R> scale) const {
-    const int label_vector = facts.label >= 0 ? (facts.label + phase) / kN : -1;
     each_vector<kKind != Kind::kPlain>([&](int v, const uint4& raw, R(&teacher)[kN]) {
       R x[kN], w[kN] = {}, d[kN];
       Element<T>::unpack(raw, x);
       if constexpr (kSmooth) weights_of(v, w);
       gradient<kKind, kSmooth>(g, x, teacher, w, scale, d);
-      if (v == label_vector) {
+      if (v == label_vector()) {
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
           if (v * kN + j - phase == facts.label) d[j] = g.at_label;
@@ -270,20 +309,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
   }
   // While the row is on its way.
   Tally<R> tally = tally_share<R>(k, team.thread, team.threads, first);
-  if constexpr (kSource == Source::kChip) copy_async_wait();
+  Sums<R> s = no_sums<R>();
+  if constexpr (kSource == Source::kChip) {
+    copy_async_wait();
+    if (next != nullptr) team.leave();
+    s.z_label = team.take_label(0);
+    s.z_max = team.maximum(0);
+    if (facts.taught) {
+      s.p_label = team.take_label(k.slots);
+      s.p_max = team.maximum(k.slots);
+    }
+  }
 
   const bool cube = !kSmooth && facts.taught && facts.temperature == 3;
   Kind kind = cube ? Kind::kCube : facts.taught ? Kind::kTaught : Kind::kPlain;
   const Scales<R> scale = scales_of(facts.temperature, cube);
-  Sums<R> s;
   if (kind == Kind::kPlain) {
-    s = team.template sums<Kind::kPlain>(scale);
+    team.template sums<Kind::kPlain>(s, scale);
     meet<Kind::kPlain, kSmooth>(s, tally, scale, k.count, meeting);
   } else {
     if (kind == Kind::kTaught) {
-      s = team.template sums<Kind::kTaught>(scale);
+      team.template sums<Kind::kTaught>(s, scale);
     } else if constexpr (!kSmooth) {
-      s = team.template sums<Kind::kCube>(scale);
+      team.template sums<Kind::kCube>(s, scale);
     }
     meet<Kind::kTaught, kSmooth>(s, tally, scale, k.count, meeting);
   }

@@ -99,12 +99,10 @@ DLB_DEVICE void rebase(Sums<R>& s, R z_max, R p_max, Scales<R> scale) {
   s.z_max = z_max;
 }
 
-// Some more classes. w: their weights in the smoothed target.
+// Some more classes, of which none is above the maxima. w: their weights in the smoothed target.
 template <Kind kKind, bool kSmooth, class R, int kN>
-DLB_DEVICE void add(Sums<R>& s, const R (&z)[kN], const R (&p)[kN], const R (&w)[kN],
-                    Scales<R> scale) {
-  rebase<kKind, kSmooth>(s, largest(s.z_max, z), kKind == Kind::kPlain ? R(0) : largest(s.p_max, p),
-                         scale);
+DLB_DEVICE void add_below(Sums<R>& s, const R (&z)[kN], const R (&p)[kN], const R (&w)[kN],
+                          Scales<R> scale) {
   const R top = top_of(s.z_max, scale.one), z_top = top_of(s.z_max, scale.k),
           p_top = top_of(s.p_max, scale.k);
 #pragma unroll
@@ -124,6 +122,15 @@ DLB_DEVICE void add(Sums<R>& s, const R (&z)[kN], const R (&p)[kN], const R (&w)
       s.smooth += w[j] == 0 ? 0 : w[j] * x;
     }
   }
+}
+
+// Some more classes.
+template <Kind kKind, bool kSmooth, class R, int kN>
+DLB_DEVICE void add(Sums<R>& s, const R (&z)[kN], const R (&p)[kN], const R (&w)[kN],
+                    Scales<R> scale) {
+  rebase<kKind, kSmooth>(s, largest(s.z_max, z), kKind == Kind::kPlain ? R(0) : largest(s.p_max, p),
+                         scale);
+  add_below<kKind, kSmooth>(s, z, p, w, scale);
 }
 
 // a and b together.

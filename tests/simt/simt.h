@@ -186,6 +186,14 @@ double exp2_of(double x);
 float2 half2_floats(uint32_t word);
 uint32_t floats_half2(float low, float high);
 uint32_t floats_bfloat2(float low, float high);
+inline uint32_t larger_half2(uint32_t a, uint32_t b) {
+  const float2 x = half2_floats(a), y = half2_floats(b);
+  return floats_half2(fmaxf(x.x, y.x), fmaxf(x.y, y.y));
+}
+inline uint32_t larger_bfloat2(uint32_t a, uint32_t b) {
+  const auto low = [](uint32_t word) { return __uint_as_float(word << 16); };
+  return floats_bfloat2(fmaxf(low(a), low(b)), fmaxf(low(a >> 16), low(b >> 16)));
+}
 
 unsigned cluster_rank();
 unsigned cluster_size();
