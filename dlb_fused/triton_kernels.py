@@ -553,7 +553,7 @@ def _loop_sums(
     other = tl.zeros([LANES], real)
     St = other
     T = other
-    z_y = other
+    z_y = tl.full((), 0, real)
     w_sum = other
     for start in range(0, C, BLOCK):
         col = start + lane
@@ -567,7 +567,7 @@ def _loop_sums(
         e = tl.exp2(_exponent(z, top[:, None], _log2e(real)))
         if (y >= start) & (y < start + BLOCK):
             hit = col == y
-            z_y += tl.sum(tl.where(hit, z, 0.0), 1)
+            z_y = tl.sum(tl.where(hit, z, 0.0))
             e = tl.where(hit, 0.0, e)
         other = other * tl.exp2(z_max - top) + tl.sum(e, 1)
         if p_row is not None:
@@ -594,7 +594,7 @@ def _loop_sums(
     other = tl.sum(other * tl.exp2(z_max - z_top), 0)
     St = tl.sum(St * tl.exp2(zk_max - zk_top), 0)
     T = tl.sum(T * tl.exp2(p_max - p_top), 0)
-    return z_top, other, tl.sum(z_y, 0), zk_top, St, p_top, T, tl.sum(w_sum, 0)
+    return z_top, other, z_y, zk_top, St, p_top, T, tl.sum(w_sum, 0)
 
 
 @triton.jit

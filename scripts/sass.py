@@ -143,6 +143,8 @@ def _successors(number: int, last: Instruction, at: dict[str, int]) -> list[int]
     base = last.op.split(".")[0]
     target = re.search(r"`\((\S+?)\)", last.operands)
     taken = [at[target[1]]] if base in ("BRA", "JMP") and target and ".DIV" not in last.op else []
+    if base == "BRX":  # a table of targets, which nvdisasm names in a comment
+        taken = [at[label] for label in re.findall(r"\.L_x_\d+", last.operands)]
     always = not last.predicate and not re.match(r"!?U?P\d", last.operands)
     stays = base in _ENDS and always and ".DIV" not in last.op
     return taken if stays else [*taken, number + 1]

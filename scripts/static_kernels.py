@@ -107,7 +107,8 @@ def hot_loops(
 ) -> list[list[Instruction]]:
     """The usual path through each loop that computes exponentials, or moves 16 bytes at a time.
 
-    ragged: an access is of a single element at an end of a row, as few vectors of it need.
+    ragged: an access is of a single element, at an end of a row or at the label, as few vectors of
+    it need.
     """
 
     def weight(code: list[Instruction]) -> tuple[int, ...]:
@@ -281,7 +282,7 @@ def _triton_work(kernel: Kernel, launch: Launch, item: int) -> Work:
     graph = Graph(kernel.blocks)
     passes = []
     if launch.kernel is triton_kernels.loop_kernel:
-        for code in hot_loops(graph):
+        for code in hot_loops(graph, _shared):
             loaded = moved(_of_rows(code), "global load") / item
             # With a teacher 3 exponentials for 2 loads, else 1 for 1, and a few more.
             taught = sass.count(code, EX2) / loaded > 1.4
@@ -296,6 +297,12 @@ def _triton_work(kernel: Kernel, launch: Launch, item: int) -> Work:
             side = [n for n in graph.path(graph.order, weight) if weight(kernel.blocks[n].code)[0]]
             passes.append(Pass(kind, "row", graph.code(side), held))
     return work_of(passes)
+
+
+def _shared(one: Instruction) -> bool:
+    """In the loops of a row, threads meet for the logit of the label alone."""
+    found = sass.access(one)
+    return found is not None and found[0].startswith("shared")
 
 
 def _exponentials_first(sign: int, code: list[Instruction]) -> tuple[int, ...]:
