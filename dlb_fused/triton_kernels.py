@@ -599,8 +599,8 @@ def _loop_sums(
 
 @triton.jit
 def _loop_gradient(
-    z_row, p_row, out_row, y, valid, z_top, zk_top, p_top, k, factors, weight, smoothing, C: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, real: tl.constexpr,
+    z_row, p_row, out_row, y, valid, z_top, zk_top, p_top, k, factors, weight, smoothing,
+    C: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, real: tl.constexpr,
 ):
     """Second pass: writes the gradient, returns Σ q (u - x) (without 1/T) and Σ w x.
 

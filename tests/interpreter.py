@@ -47,7 +47,7 @@ def _maxnum(self: Any, x: Any, y: Any) -> Any:
 
 @contextlib.contextmanager
 def faithful() -> Iterator[None]:
-    """Rounds to bf16, in fma and takes maxima as a GPU does; keeps numpy quiet about masked lanes."""
+    """Casts to bf16, fma and maxima as on a GPU; keeps numpy quiet about masked lanes."""
     builtin = _Builder.cast_impl, _Builder.create_fma, _Builder.create_maxnumf
     _Builder.cast_impl, _Builder.create_fma = _cast(_Builder.cast_impl), _fma
     _Builder.create_maxnumf = _maxnum

@@ -490,8 +490,8 @@ FAULTS: dict[str, tuple[Fault, Callable[[], LossArgs], str]] = {
         Fault("row.h", "row * a.loss.logits_stride", "int(row * a.loss.logits_stride)"),
         lambda: far_rows(make(2, 1104, 1)), "out of bounds"),
     "two blocks on one row": (
-        Fault("row.h", "in_turn(blockIdx.x / blocks, a.loss.overlap, a.loss.B)", "blockIdx.x / 2"), CHIP,
-        "blocks 0 and 1 both write"),
+        Fault("row.h", "in_turn(blockIdx.x / blocks, a.loss.overlap, a.loss.B)", "blockIdx.x / 2"),
+        CHIP, "blocks 0 and 1 both write"),
     "counter that stays": (
         Fault("batch.h", "atomicInc(a.counter, blocks - 1)", "atomicInc(a.counter, ~0u)"), TILE,
         ""),
