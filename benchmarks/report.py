@@ -108,7 +108,7 @@ class Settings:
 
     @property
     def sample_ms(self) -> float:
-        return 4 if self.device == "cpu" and not self.quick else 1
+        return 20 if self.device == "cpu" and not self.quick else 1
 
     def rounds(self, seconds_per_round: float) -> int:
         low, high, seconds = (7, 40, 4.0) if self.device == "cpu" else (7, 30, 1.0)
