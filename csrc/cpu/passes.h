@@ -338,10 +338,11 @@ inline Vector<RealOf<T>> gradient_at(const Exponentials<RealOf<T>>& e, int64_t c
   }
 }
 
-// Of classes [begin, end), into `row`, which may be where e.first is.
+// Of classes [begin, end), into `row`, which may be where e.first is. The vector of the label,
+// which is written once more, stays in the cache.
 template <class T, int kMode, bool kStream>
 void write_gradient(const Exponentials<RealOf<T>>& e, int64_t begin, int64_t end,
-                    const Coefficients<RealOf<T>>& k, void* row) {
+                    const Coefficients<RealOf<T>>& k, int64_t label, void* row) {
   constexpr int64_t lanes = kLanes<RealOf<T>>;
   T* to = static_cast<T*>(row);
   int64_t c = begin;
@@ -352,7 +353,14 @@ void write_gradient(const Exponentials<RealOf<T>>& e, int64_t begin, int64_t end
   }
   if constexpr (kStream) {
     if (head_of(to + c, lanes * sizeof(T)) == 0)
-      for (; c + lanes <= end; c += lanes) stream(to + c, gradient_at<T, kMode>(e, c, k));
+      for (; c + lanes <= end; c += lanes) {
+        const auto gradient = gradient_at<T, kMode>(e, c, k);
+        if (uint64_t(label - c) < uint64_t(lanes)) {
+          store(to + c, gradient);
+        } else {
+          stream(to + c, gradient);
+        }
+      }
   }
   for (; c + lanes <= end; c += lanes) store(to + c, gradient_at<T, kMode>(e, c, k));
   if (c < end) store_some(to + c, gradient_at<T, kMode>(e, c, k), end - c);
@@ -378,7 +386,7 @@ using SumTaught = void (*)(const Block<R>&, const Exponentials<R>&, double, doub
                            const Exponents<R>&, const Ahead&, RowSums<double>&);
 template <class R>
 using WriteGradient = void (*)(const Exponentials<R>&, int64_t, int64_t, const Coefficients<R>&,
-                               void*);
+                               int64_t, void*);
 
 template <class R>
 constexpr SumTaught<R> kSumTaught[] = {sum_taught<R, 0>, sum_taught<R, 1>, sum_taught<R, 2>,

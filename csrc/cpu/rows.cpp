@@ -261,8 +261,8 @@ class RowKernel {
       }
       if (weighted_smoothing()) weigh(run.begin, run_end, k);
       const int mode = mode_ - kFresh;
-      (job_.stream ? kWriteGradient<T, true> : kWriteGradient<T, false>)[mode](e_, run.begin,
-                                                                               run_end, k, to);
+      const auto write = job_.stream ? kWriteGradient<T, true> : kWriteGradient<T, false>;
+      write[mode](e_, run.begin, run_end, k, label_, to);
     }
     double label = ce * row_label_gradient(sums_, target_);
     if (u_) label += soft * sums_.student_y - teacher * sums_.teacher_y;

@@ -9,7 +9,8 @@ namespace {
 static_assert(kDlbBatch % kLanes<double> == 0, "a batch is whole vectors");
 static_assert(kDlbBlock <= kDlbShortElements, "a batch is one row at least");
 
-constexpr int64_t kAlignElements = 256;  // shorter rows begin with whole vectors, aligned or not
+constexpr int64_t kAlignElements = 256;    // shorter rows begin with whole vectors, aligned or not
+constexpr int64_t kStreamElements = 1024;  // shorter rows are mostly ends, in lines that two share
 
 // One number for each row of a batch.
 struct Column {
@@ -83,7 +84,8 @@ class ShortRows {
         temperature_(a_.temperatures ? dlb_real(a_, a_.temperatures, 0) : a_.temperature),
         alpha_(a_.alphas ? dlb_real(a_, a_.alphas, 0) : a_.alpha),
         taught_mode_(mode_of(temperature_)),
-        in_place_(a_.dlogits && a_.dlogits != a_.logits && !job.stream),
+        stream_(job.stream && a_.C >= kStreamElements),
+        in_place_(a_.dlogits && a_.dlogits != a_.logits && !stream_),
         exponents_(temperature_),
         load_teacher_(loader<R>(a_.last_dtype)) {
     R* buffers = reinterpret_cast<R*>(scratch);
@@ -129,7 +131,7 @@ class ShortRows {
     const int64_t cached = i - (a_.B - a_.fresh);
     if (cached >= 0 && a_.next_logits)
       copy_bytes(static_cast<char*>(a_.next_logits) + cached * row_bytes,
-                 reinterpret_cast<const char*>(row), row_bytes, job_.stream);
+                 reinterpret_cast<const char*>(row), row_bytes, stream_);
     if (b.taught) add_teacher(b, j, t);
     if constexpr (std::is_same_v<T, R>) {
       if (in_place_) b.e[j].first = gradient_row(i);
@@ -206,8 +208,8 @@ class ShortRows {
     if (!a_.dlogits) return;
     T* to = gradient_row(i);
     const Coefficients<R> k = {R(b.hard[j]), R(b.soft[j]), R(b.q[j]), 0};
-    (job_.stream ? kWriteGradient<T, true> : kWriteGradient<T, false>)[mode(b)](b.e[j], 0, a_.C, k,
-                                                                                to);
+    const auto write = stream_ ? kWriteGradient<T, true> : kWriteGradient<T, false>;
+    write[mode(b)](b.e[j], 0, a_.C, k, a_.labels[i], to);
     store_one(to + a_.labels[i], R(b.label[j]));
   }
 
@@ -217,6 +219,7 @@ class ShortRows {
   const int capacity_;
   const double temperature_, alpha_;
   const int taught_mode_;
+  const bool stream_;
   const bool in_place_;  // exponentials in the gradient's place; `slow` must find the logits
   const Exponents<R> exponents_;
   const LoadBlock<R> load_teacher_;
