@@ -5,6 +5,7 @@ What every backend has in common is tested elsewhere.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -216,6 +217,46 @@ def test_inplace_writes_the_gradient_over_strided_logits(dtype: torch.dtype, C: 
     assert torch.equal(wide[:, :C], want.dlogits)
     assert torch.equal(got.next_logits, args.logits[3:])
     assert not wide[:, C:].any()
+
+
+PAST_THE_END = """
+import ctypes, mmap, sys, torch
+from dlb_fused import native
+from dlb_fused.backends import LossArgs
+
+def at_the_end(values):
+    \"\"\"A copy that ends where the next page must not be touched.\"\"\"
+    page, size = mmap.PAGESIZE, values.numel() * values.element_size()
+    pages = -(-size // page) + 1
+    memory = mmap.mmap(-1, pages * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    last = ctypes.c_void_p(address + (pages - 1) * page)
+    assert libc.mprotect(last, ctypes.c_size_t(page), 0) == 0
+    start = (pages - 1) * page - size
+    out = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=start)
+    return out.view(values.shape).copy_(values)
+
+native._kernel.force_level(int(sys.argv[1]))
+for dtype in native.DTYPES:
+    for C in (1, 7, 100, 300, 2047, 3001):
+        z, u = torch.randn(6, C).to(dtype), torch.randn(6, C).to(dtype)
+        labels = torch.tensor([0, C - 1, C // 2] * 2)
+        args = LossArgs(at_the_end(z), labels, at_the_end(u[:3]), 3, need_grad=True)
+        want = native.forward(args._replace(logits=z, last_logits=u[:3].clone()))
+        dlogits = at_the_end(torch.zeros_like(z))
+        native._call(args, (None,) * 3, (*want[:2], dlogits, *(None,) * 4), 0)
+        assert torch.allclose(dlogits, want.dlogits)
+        assert torch.allclose(native.forward(args._replace(inplace=True)).dlogits, want.dlogits)
+print("read nothing past the end")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="mprotect")
+def test_nothing_is_touched_past_the_end(level: int) -> None:
+    command = [sys.executable, "-c", PAST_THE_END, str(level)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "read nothing past the end" in done.stdout, f"{done.returncode}: {done.stderr}"
 
 
 @pytest.mark.parametrize("C", (10, 300, 3000))

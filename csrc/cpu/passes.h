@@ -322,10 +322,10 @@ struct Coefficients {
   R hard, soft, teacher, smooth;
 };
 
-template <class T, int kMode>
-inline Vector<RealOf<T>> gradient_at(const Exponentials<RealOf<T>>& e, int64_t c,
-                                     const Coefficients<RealOf<T>>& k) {
-  const auto first = load(e.first + c);
+// `first` was loaded from e.first + c.
+template <class R, int kMode>
+inline Vector<R> gradient_of(Vector<R> first, const Exponentials<R>& e, int64_t c,
+                             const Coefficients<R>& k) {
   if constexpr (kMode == kFresh) {
     return first * k.hard - k.smooth;
   } else {
@@ -343,18 +343,22 @@ inline Vector<RealOf<T>> gradient_at(const Exponentials<RealOf<T>>& e, int64_t c
 template <class T, int kMode, bool kStream>
 void write_gradient(const Exponentials<RealOf<T>>& e, int64_t begin, int64_t end,
                     const Coefficients<RealOf<T>>& k, int64_t label, void* row) {
-  constexpr int64_t lanes = kLanes<RealOf<T>>;
+  using R = RealOf<T>;
+  constexpr int64_t lanes = kLanes<R>;
   T* to = static_cast<T*>(row);
+  const auto gradient_at = [&](int64_t c) {
+    return gradient_of<R, kMode>(load(e.first + c), e, c, k);
+  };
   int64_t c = begin;
   const int64_t head = head_of(to + c, lanes * sizeof(T));
   if (head > 0 && c + head + lanes <= end) {
-    store_some(to + c, gradient_at<T, kMode>(e, c, k), head);
+    store_some(to + c, gradient_at(c), head);
     c += head;
   }
   if constexpr (kStream) {
     if (head_of(to + c, lanes * sizeof(T)) == 0)
       for (; c + lanes <= end; c += lanes) {
-        const auto gradient = gradient_at<T, kMode>(e, c, k);
+        const auto gradient = gradient_at(c);
         if (uint64_t(label - c) < uint64_t(lanes)) {
           store(to + c, gradient);
         } else {
@@ -362,8 +366,10 @@ void write_gradient(const Exponentials<RealOf<T>>& e, int64_t begin, int64_t end
         }
       }
   }
-  for (; c + lanes <= end; c += lanes) store(to + c, gradient_at<T, kMode>(e, c, k));
-  if (c < end) store_some(to + c, gradient_at<T, kMode>(e, c, k), end - c);
+  for (; c + lanes <= end; c += lanes) store(to + c, gradient_at(c));
+  if (c == end) return;
+  const Vector<R> rest = load_some(e.first + c, end - c, R(0));  // no memory may follow
+  store_some(to + c, gradient_of<R, kMode>(rest, e, c, k), end - c);
 }
 
 void copy_bytes(char* to, const char* from, int64_t n, bool past_caches) {
