@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kStreamBytes = 16 << 20;  // a gradient of this size stays in no cache
 constexpr int64_t kLargePageBytes = 4 << 20;
-constexpr int64_t kChunkElements = 4096;    // of a row range that one thread takes at a time
+constexpr int64_t kChunkElements = 65536;   // of a row range that one thread takes at a time
 constexpr int64_t kRowElements = 80;        // what a row costs besides its elements, as elements
 constexpr int64_t kThreadElements = 20480;  // below this one thread is faster
 

@@ -341,12 +341,12 @@ inline Vector<R> gradient_of(Vector<R> first, const Exponentials<R>& e, int64_t 
 // Of classes [begin, end), into `row`, which may be where e.first is. The vector of the label,
 // which is written once more, stays in the cache.
 template <class T, int kMode, bool kStream>
-void write_gradient(const Exponentials<RealOf<T>>& e, int64_t begin, int64_t end,
-                    const Coefficients<RealOf<T>>& k, int64_t label, void* row) {
+void write_gradient(const Exponentials<RealOf<T>> e, int64_t begin, int64_t end,
+                    const Coefficients<RealOf<T>> k, int64_t label, void* row) {
   using R = RealOf<T>;
   constexpr int64_t lanes = kLanes<R>;
   T* to = static_cast<T*>(row);
-  const auto gradient_at = [&](int64_t c) {
+  const auto gradient_at = [e, k](int64_t c) {
     return gradient_of<R, kMode>(load(e.first + c), e, c, k);
   };
   int64_t c = begin;
@@ -391,8 +391,7 @@ template <class R>
 using SumTaught = void (*)(const Block<R>&, const Exponentials<R>&, double, double,
                            const Exponents<R>&, const Ahead&, RowSums<double>&);
 template <class R>
-using WriteGradient = void (*)(const Exponentials<R>&, int64_t, int64_t, const Coefficients<R>&,
-                               int64_t, void*);
+using WriteGradient = void (*)(Exponentials<R>, int64_t, int64_t, Coefficients<R>, int64_t, void*);
 
 template <class R>
 constexpr SumTaught<R> kSumTaught[] = {sum_taught<R, 0>, sum_taught<R, 1>, sum_taught<R, 2>,
