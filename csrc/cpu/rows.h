@@ -44,11 +44,12 @@ inline size_t dlb_row_scratch_bytes(const DlbArgs& a) {
   return size_t(blocks + rows + (a.C / kDlbBlock + 1) * 24 + 63) / 64 * 64;
 }
 
-// What one thread needs: that, and two batches of short rows (at most one block long).
+// What one thread needs: that, two batches of short rows (at most one block long), and a vector
+// that may be read past the last of them.
 inline size_t dlb_scratch_bytes(const DlbArgs& a) {
   if (a.C > kDlbBlock) return dlb_row_scratch_bytes(a);
   const int64_t real = a.dtype == DLB_FLOAT64 ? 8 : 4;
-  return dlb_row_scratch_bytes(a) + size_t(2 * 3 * kDlbShortElements * real);
+  return dlb_row_scratch_bytes(a) + size_t(2 * 3 * kDlbShortElements * real) + 64;
 }
 
 // Rows [begin, end) of the job. `scratch` is aligned to 64 bytes.
