@@ -25,11 +25,8 @@ from bench_loss import peak_memory  # first: it sets what must be set before tor
 
 # isort: split
 import argparse
-import datetime
 import json
 import math
-import os
-import platform
 import re
 import statistics
 import sys
@@ -45,13 +42,12 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from gpu_machine import Gpu, Rehearsal
-from report import ROOT, cpu_model, git
+from report import ROOT, facts
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-import dlb_fused
 from dlb_fused import DLBLoss
 from dlb_fused.reference import dlb_loss_naive
 
@@ -594,30 +590,6 @@ def draw_bar(axis: Any, at: float, r: Result, colour: str) -> None:
     axis.text(at, r.step_ms + high, text, ha="center", va="bottom", fontsize=8)
 
 
-def facts(settings: Settings) -> dict[str, Any]:
-    on_gpu = settings.device != "cpu"
-    return {
-        "format": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": {
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "threads": settings.threads,
-            "gpu": torch.cuda.get_device_name() if on_gpu else None,
-            "system": platform.platform(),
-            "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "dlb_fused": dlb_fused.__version__,
-        },
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-        "settings": asdict(settings),
-    }
-
-
 def write(data: dict[str, Any], results: Sequence[Result], folder: Path) -> Path:
     """JSON and PNG, named after the device; returns the path of the JSON."""
     machine, settings = data["machine"], data["settings"]
@@ -703,7 +675,13 @@ def main(
         if r.status != "ok":
             line = f"{r.status}: {r.loss}, {r.case}, {r.mode}: {r.reason}"
             console.print(line, style="red", markup=False)
-    data = facts(settings) | {"absent": absent, "results": [asdict(r) for r in results]}
+    data = {
+        "format": 1,
+        **facts(settings.device, settings.threads),
+        "settings": asdict(settings),
+        "absent": absent,
+        "results": [asdict(r) for r in results],
+    }
     console.print(f"written: {write(data, results, out)} and the same as .png", soft_wrap=True)
     return int(any(r.status != "ok" for r in results))
 

@@ -71,13 +71,11 @@ def as_json(context: Context, results: Sequence[Result], o: argparse.Namespace) 
     import report
     import torch
 
-    nothing = report.Settings([], context.device, torch.get_num_threads())
-    facts = report.as_json(report.Report(nothing))
-    keep = ("date", "machine", "versions", "dirty")
+    facts = report.facts(context.device, torch.get_num_threads())
     return {
         "format": 1,
         "rehearsal": context.rehearse,
-        **{key: facts[key] for key in keep},
+        **facts,
         "commit": o.commit or facts["commit"],
         "only": o.only,
         "seconds_allowed": o.minutes * 60,

@@ -241,17 +241,16 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    on_gpu = report.settings.device != "cpu"
+def facts(device: str, threads: int) -> dict[str, Any]:
+    """When, where and of what a result was taken."""
     return {
-        "format": 2,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
-            "threads": report.settings.threads,
-            "gpu": torch.cuda.get_device_name() if on_gpu else None,
-            "l2_bytes": l2_bytes(report.settings.device),
+            "threads": threads,
+            "gpu": torch.cuda.get_device_name() if device != "cpu" else None,
+            "l2_bytes": l2_bytes(device),
             "system": platform.platform(),
             "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         },
@@ -263,6 +262,13 @@ def as_json(report: Report) -> dict[str, Any]:
         },
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain")),
+    }
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    return {
+        "format": 2,
+        **facts(report.settings.device, report.settings.threads),
         "settings": asdict(report.settings) | OPTIONS | {"loss_scale": SCALE},
         "variants": report.notes,
         "absent": report.absent,
