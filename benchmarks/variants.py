@@ -233,15 +233,14 @@ class Empty(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, args: Any, module: Any, box: Any) -> Tensor:  # type: ignore[override]
         loss_like, saved = args
-        loss, dlogits = torch.empty_like(loss_like), torch.empty_like(logits)
-        ctx.save_for_backward(logits, *saved, dlogits)
-        ctx.rest, ctx.used = args, False
+        loss = torch.empty_like(loss_like)
+        ctx.save_for_backward(logits, *saved)
+        ctx.dlogits, ctx.rest = torch.empty_like(logits), args
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:  # type: ignore[override]
-        *_, dlogits = ctx.saved_tensors
-        ctx.used = True
+        dlogits, ctx.dlogits = ctx.dlogits, None
         return dlogits, None, None, None
 
 

@@ -55,15 +55,12 @@ class DLBLossFunction(Function):
         if pair is not None:
             teacher = pair.logits
             torch.autograd.graph.increment_version(teacher)
-        # Saved, and not kept on ctx: backward frees what is saved, so the gradient can be handed on
-        # without a clone, and a later write into what it reads is found.
         ctx.inference_teacher = None
         if teacher is not None and teacher.is_inference():  # autograd refuses to save these
             ctx.inference_teacher, teacher = teacher, None
-        options = (args.weight, args.temperature, args.alpha, args.grad_scale)
-        read = [x for x in options if type(x) is not float and x is not None]
-        ctx.save_for_backward(logits, args.labels, teacher, out.parts, out.dlogits, *read)
-        ctx.rest, ctx.module, ctx.grad_scale, ctx.used = args[3:], module, args.grad_scale, False
+        # Saved are what a recomputation reads, so that a later write into them is found.
+        ctx.save_for_backward(logits, args.labels, teacher, out.parts, *_options(args))
+        ctx.dlogits, ctx.rest, ctx.module = out.dlogits, args[3:], module
         return out.loss
 
     @staticmethod
@@ -80,15 +77,19 @@ class DLBLossFunction(Function):
 _apply = super(Function, DLBLossFunction).apply  # type: ignore[misc]
 
 
+def _options(args: LossArgs) -> list[Tensor]:
+    """The tensors among weight ... grad_scale."""
+    return [x for x in args[7:15] if isinstance(x, Tensor)]
+
+
 def _backward(ctx: Any, dloss: Tensor) -> Tensor:
-    saved = ctx.saved_tensors
-    # The first backward gives the stored buffer away, with a version counter of its own: whatever
-    # the caller then does with it must not stop a second backward.
-    stored = None if ctx.used else saved[4].data
-    if stored is not None and not dloss.is_cuda and dloss.item() == ctx.grad_scale:
-        ctx.used = True  # the host may look at a number that it holds itself
-        return stored
-    logits, labels, teacher, parts = saved[:4]
+    logits, labels, teacher, parts = ctx.saved_tensors[:4]  # an error where one was written to
+    # The first backward gives the stored buffer away: no other name for it stays behind, or
+    # autograd would clone it.
+    stored, ctx.dlogits = ctx.dlogits, None
+    grad_scale = ctx.rest[_GRAD_SCALE]
+    if stored is not None and not dloss.is_cuda and dloss.item() == grad_scale:
+        return stored  # the host may look at a number that it holds itself
     args = LossArgs(
         logits.detach(), labels, ctx.inference_teacher if teacher is None else teacher, *ctx.rest
     )
@@ -100,11 +101,12 @@ def _backward(ctx: Any, dloss: Tensor) -> Tensor:
                 "dlb_loss(inplace=True) allows one backward: the logits were overwritten by the "
                 "gradient of the first; use inplace=False with retain_graph=True"
             )
-        ctx.used = True
-        ctx.module.rescale_(stored, dloss, args.grad_scale)
+        ctx.module.rescale_(stored, dloss, grad_scale)
         return stored
-    ctx.used = True
     return ctx.module.backward(args, parts, dloss, stored)
+
+
+_GRAD_SCALE = LossArgs._fields.index("grad_scale") - 3  # in ctx.rest
 
 
 class NotTwiceDifferentiable(Function):

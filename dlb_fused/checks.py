@@ -1,15 +1,33 @@
 """The checks at the door: each names the argument, what was expected and what came. None asks the
-device anything."""
+device anything.
+
+For a few rows the checks would cost more than the loss. So `plain_overlap` looks first, in C++
+(csrc/tensor_view.h), whether a call is of the common kind that needs none of them."""
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_plain_overlap: Callable[[Any, Any, Any], int] | None = None
+with suppress(ImportError):  # native.py says why, if the backend is asked for
+    _plain_overlap = importlib.import_module("dlb_fused._cpu").plain_overlap
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def plain_overlap(logits: Any, labels: Any, last_logits: Any) -> int:
+    """m, if `check_logits` and `check_last_logits` would pass and copy nothing; else, or where that
+    is not known, -1."""
+    if _plain_overlap is None or torch.compiler.is_compiling():
+        return -1
+    return _plain_overlap(logits, labels, last_logits)
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> None:
@@ -61,7 +79,7 @@ def check_last_logits(last_logits: Tensor, logits: Tensor) -> Tensor:
         raise ValueError("last_logits requires grad, but no gradient flows to it: pass it detached")
     if last_logits.device != logits.device:
         check_device("last_logits", last_logits, logits)
-    return last_logits if last_logits.is_contiguous() else rows_contiguous(last_logits)
+    return rows_contiguous(last_logits)
 
 
 def check_ids(ids: Tensor, logits: Tensor) -> None:
@@ -267,7 +285,9 @@ def dtype_name(value: Tensor) -> str:
 
 
 def rows_contiguous(value: Tensor) -> Tensor:
-    """Kernels take any row stride; classes must lie side by side."""
+    """Kernels take any row stride; classes must lie side by side, and be what their bytes say."""
+    if not torch.compiler.is_compiling() and value.is_neg():  # as of a conjugate
+        value = value.resolve_neg()
     if value.is_contiguous() or value.stride(1) == 1 or value.shape[1] == 1:
         return value
     return value.contiguous()

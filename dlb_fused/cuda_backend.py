@@ -115,7 +115,7 @@ def _launch(
     B = args.logits.shape[0]
     space = gpu_memory.workspace("cuda", device, gpu_memory.real_of(args.logits.dtype), B)
     error = function(
-        _kernel.pack(args, scalars, outputs, fresh, *native.dtypes_of(args))
+        _kernel.pack(args, scalars, outputs, fresh)
         + _pack_rest(
             0 if dloss is None else dloss.data_ptr(),
             0.0 if isinstance(args.grad_scale, Tensor) else args.grad_scale,

@@ -29,6 +29,7 @@ from dlb_fused.checks import (
     check_logits,
     check_number,
     check_options,
+    plain_overlap,
     rows_contiguous,
 )
 
@@ -116,21 +117,23 @@ def dlb_loss(
         >>> print(f"{loss.item():.4f}")
         0.3390
     """
-    check_logits(logits, labels)
-    m = 0
-    if last_logits is not None:
-        last_logits = check_last_logits(last_logits, logits)
-        m = last_logits.shape[0]
+    rows = logits
+    m = plain_overlap(logits, labels, last_logits)
+    if m < 0:
+        check_logits(logits, labels)
+        rows, labels, m = rows_contiguous(logits), labels.contiguous(), 0
+        if last_logits is not None:
+            last_logits = check_last_logits(last_logits, logits)
+            m = last_logits.shape[0]
     options = check_options(
         logits, m, weight, ignore_index, label_smoothing, temperature, alpha, normalizer, grad_scale
     )
     need_grad = logits.requires_grad and torch.is_grad_enabled()
-    rows = logits if logits.is_contiguous() else rows_contiguous(logits)
     if inplace and need_grad:
         check_inplace(logits, rows, last_logits, options[-1])
     teacher = (last_logits, m, None, None, None)
     gradient = (need_grad, inplace and need_grad)
-    args = LossArgs(*(rows, labels.contiguous(), *teacher, *options, *gradient))
+    args = LossArgs(*(rows, labels, *teacher, *options, *gradient))
     loss, out = compute(args, backend)
     return DLBParts(loss, *out.parts.unbind()) if return_parts else loss
 

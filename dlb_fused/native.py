@@ -45,7 +45,7 @@ def why_not(logits: Tensor) -> str | None:
 
 
 def forward(args: LossArgs) -> LossOutputs:
-    logits, fresh = args.logits, args.fresh
+    logits, fresh, stats = args.logits, args.fresh, args.stats
     loss_like, parts_like = _SCALARS[logits.dtype]
     loss, parts = torch.empty_like(loss_like), torch.empty_like(parts_like)
     dlogits = next_logits = next_labels = next_valid = None
@@ -56,14 +56,17 @@ def forward(args: LossArgs) -> LossOutputs:
         next_valid = torch.empty(fresh, dtype=torch.uint8)
         if args.copy_logits:
             next_logits = logits.new_empty((fresh, logits.shape[1]))
-    scale: Tensor | None = None  # is 1
-    if isinstance(args.grad_scale, Tensor):
-        scale = args.grad_scale
-    elif args.grad_scale != 1:
-        scale = loss.new_full((), args.grad_scale)
     out = LossOutputs(loss, parts, dlogits, next_logits, next_labels, next_valid)
-    _call(args, (args.ce_count, args.kl_count, scale), (*out, args.stats), fresh)
+    _call(args, (args.ce_count, args.kl_count, _scale(args, loss)), (*out, stats), fresh)
     return out
+
+
+def _scale(args: LossArgs, loss: Tensor) -> Tensor | None:
+    """grad_scale for the kernel, in the type of the loss; None is 1."""
+    scale = args.grad_scale
+    if isinstance(scale, Tensor):
+        return scale
+    return None if scale == 1 else loss.new_full((), scale)
 
 
 def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | None) -> Tensor:
@@ -91,12 +94,6 @@ def _same(dloss: Tensor, grad_scale: float | Tensor) -> bool:
     return dloss.item() == grad_scale or bool(dloss == grad_scale)
 
 
-def dtypes_of(args: LossArgs) -> tuple[int, int]:
-    """Of logits and last_logits, as `DlbDtype`."""
-    last = args.last_logits
-    return DTYPES[args.logits.dtype], 0 if last is None else DTYPES[last.dtype]
-
-
 def _call(
     args: LossArgs,
     scalars: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -104,8 +101,7 @@ def _call(
     fresh: int,
 ) -> None:
     assert _kernel is not None
-    threads = torch.get_num_threads()
-    bad_row = _kernel.loss(args, scalars, outputs, fresh, threads, *dtypes_of(args))
+    bad_row = _kernel.loss(args, scalars, outputs, fresh, torch.get_num_threads())
     if bad_row == _kernel.DONE:
         return
     if bad_row == _kernel.NO_MEMORY:

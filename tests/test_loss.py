@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 import dlb_fused.loss as loss_module
 from dlb_fused import DLBLoss, backends, dlb_loss
-from dlb_fused.checks import check_options
+from dlb_fused.checks import _plain_overlap, check_options, plain_overlap
 
 with FakeTensorMode():
     FAKE = torch.zeros(4, dtype=torch.int64)
@@ -248,10 +248,7 @@ def test_memory_of_the_graph_is_freed_by_backward() -> None:
     """The gradient is handed on, not cloned; nothing keeps the logits alive but the caller."""
     logits = torch.randn(64, 1000, requires_grad=True)
     loss = dlb_loss(logits, torch.zeros(64, dtype=torch.int64))
-    saved = [t for t in loss.grad_fn.saved_tensors if t is not None]  # type: ignore[union-attr]
-    (dlogits,) = (t for t in saved if t.shape == (64, 1000) and t.data_ptr() != logits.data_ptr())
-    address = dlogits.data_ptr()
-    del dlogits, saved
+    address = loss.grad_fn.dlogits.data_ptr()  # type: ignore[union-attr]
     loss.backward()  # type: ignore[union-attr]
     assert logits.grad is not None and logits.grad.data_ptr() == address
 
@@ -269,3 +266,101 @@ def test_the_classes_are_exported() -> None:
 
     assert {"dlb_loss", "DLBLoss", "OverlapBatchSampler"} <= set(dlb_fused.__all__)
     assert dlb_fused.__version__ and DLBLoss().training
+
+
+@pytest.mark.skipif(_plain_overlap is None, reason="dlb_fused._cpu is not built")
+class TestPlainCalls:
+    """`plain_overlap` lets the checks be skipped: only where they would pass and copy nothing."""
+
+    logits, last_logits = torch.randn(6, 5), torch.randn(3, 5)
+    labels = torch.zeros(6, dtype=torch.int64)
+
+    def overlap(self, **changed: Any) -> int:
+        names = ("logits", "labels", "last_logits")
+        return plain_overlap(*(changed.get(name, getattr(self, name)) for name in names))
+
+    def test_plain(self) -> None:
+        assert self.overlap() == 3
+        assert self.overlap(last_logits=None) == 0
+        assert self.overlap(last_logits=self.last_logits.bfloat16()) == 3
+        wide = torch.randn(6, 9)
+        assert self.overlap(logits=wide[:, :5].requires_grad_(), last_logits=wide[1:4, 2:7]) == 3
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("logits", [[1.0]]),
+            ("logits", torch.nn.Parameter(torch.randn(6, 5))),
+            ("logits", torch.randn(5, 6).T),
+            ("logits", torch.randn(6)),
+            ("logits", torch.randn(6, 0)),
+            ("logits", torch.randn(6, 5, dtype=torch.complex64)),
+            ("logits", torch.randn(6, 5).double()),
+            ("logits", torch.randn(6, 5, device="meta")),
+            ("logits", torch.eye(6, 5).to_sparse()),
+            ("logits", torch._neg_view(torch.randn(6, 5))),
+            ("labels", torch.zeros(6, dtype=torch.int32)),
+            ("labels", torch.zeros(5, dtype=torch.int64)),
+            ("labels", torch.zeros(6, 1, dtype=torch.int64)),
+            ("labels", torch.zeros(12, dtype=torch.int64)[::2]),
+            ("labels", None),
+            ("last_logits", torch.randn(5)),
+            ("last_logits", torch.randn(3, 4)),
+            ("last_logits", torch.randn(7, 5)),
+            ("last_logits", torch.randn(3, 5).double()),
+            ("last_logits", torch.randn(3, 5).int()),
+            ("last_logits", torch.randn(3, 5).requires_grad_()),
+            ("last_logits", torch.randn(5, 3).T),
+            ("last_logits", torch._neg_view(torch.randn(3, 5))),
+        ],
+    )
+    def test_not_plain(self, name: str, value: Any) -> None:
+        assert self.overlap(**{name: value}) == -1
+
+    def test_not_in_a_transform(self) -> None:
+        seen = []
+        torch.vmap(lambda z: seen.append(plain_overlap(z, self.labels, None)) or z)(
+            self.logits[None]
+        )
+        assert seen == [-1]
+
+
+def test_a_negative_view_is_resolved(backend_device: tuple[str, str]) -> None:
+    """It says -x over the bytes of x, which is what a kernel would read."""
+    backend, device = backend_device
+    logits, last_logits = torch.randn(6, 5, device=device), torch.randn(3, 5, device=device)
+    labels = torch.zeros(6, dtype=torch.int64, device=device)
+    got = dlb_loss(torch._neg_view(logits), labels, torch._neg_view(last_logits), backend=backend)
+    torch.testing.assert_close(got, dlb_loss(-logits, labels, -last_logits, backend=backend))
+
+
+WITHOUT_EXCHANGE = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__  # as in torch before 2.10
+from dlb_fused import DLBLoss, backends, dlb_loss
+from dlb_fused.checks import plain_overlap
+
+labels, temperature = torch.tensor([1, -100, 4, 2]), torch.tensor([2.0, 3.0])
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    logits, last_logits = torch.randn(4, 9).to(dtype)[:, 2:7], torch.randn(2, 5).to(dtype)
+    assert plain_overlap(logits, labels, last_logits) == -1
+    loss = {}
+    for backend in ("cpu", "eager"):
+        options = {"temperature": temperature.to(torch.promote_types(dtype, torch.float32))}
+        loss[backend] = dlb_loss(logits, labels, last_logits, backend=backend, **options)
+    torch.testing.assert_close(loss["cpu"], loss["eager"])
+criterion = DLBLoss(backend="cpu")
+criterion(torch.randn(2, 5, requires_grad=True), labels[2:])
+criterion(torch.randn(4, 5, requires_grad=True), torch.tensor([4, 2, 0, 1]))
+assert criterion.stats() == (2, 0, 0)
+print("equal")
+"""
+
+
+def test_without_the_exchange_api() -> None:
+    if backends.why_not("cpu", torch.randn(1, 1)) is not None:
+        pytest.skip(f"cpu: {backends.why_not('cpu', torch.randn(1, 1))}")
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXCHANGE], capture_output=True, text=True, check=False
+    )
+    assert run.stdout == "equal\n", run.stderr

@@ -14,8 +14,8 @@ namespace {
 
 // The first member of a DlbCudaArgs as bytes; see args_from.
 py::bytes pack(const py::tuple& args, const py::tuple& scalars, const py::tuple& outputs,
-               int64_t fresh, int32_t dtype, int32_t last_dtype) {
-  const DlbArgs a = dlb::args_from(args, scalars, outputs, fresh, 0, dtype, last_dtype);
+               int64_t fresh) {
+  const DlbArgs a = dlb::args_from(args, scalars, outputs, fresh, 0);
   return py::bytes(reinterpret_cast<const char*>(&a), sizeof(a));
 }
 
