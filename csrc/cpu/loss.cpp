@@ -173,7 +173,8 @@ void run_rows(const DlbJob& job, int threads, size_t scratch_bytes, char* scratc
   const int64_t even = (job.args->B + 4 * threads - 1) / (4 * threads);
   int64_t chunk = 1 + kChunkElements / (job.args->C + kRowElements);
   if (chunk > even) chunk = even;
-  if (chunk > kDlbBatch / 2) chunk = (chunk + kDlbBatch - 1) / kDlbBatch * kDlbBatch;
+  constexpr int batch = kDlbNarrowBatch;
+  if (chunk > batch / 2) chunk = (chunk + batch - 1) / batch * batch;
   Team team{&job, kLevels[level()], threads == 1 ? job.args->B : chunk, scratch_bytes, scratch};
   if (threads == 1) {
     work(&team);

@@ -7,7 +7,8 @@
 // label's class is left out of the sums and added as a scalar: (5) needs the sum over the other
 // classes, and no digits may cancel.
 //
-// Rows of one block without further options go through short_rows.h, several at a time.
+// Rows of one block without further options go through short_rows.h, several at a time, and those
+// of a few vectors through narrow_rows.h.
 //
 // Compiled once per instruction set with another DLB_ROWS; all else here is internal.
 #include "rows.h"
@@ -18,6 +19,7 @@
 #include <type_traits>
 
 #include "../row_math.h"
+#include "narrow_rows.h"
 #include "passes.h"
 #include "short_rows.h"
 
@@ -303,8 +305,11 @@ template <class T>
 void run_rows(const DlbJob& job, int64_t begin, int64_t end, char* scratch) {
   RowKernel<T> kernel(job, scratch);
   const auto run = [&kernel](int64_t i) { kernel.run(i); };
-  if (ShortRows<T>::takes(job)) {
-    ShortRows<T>(job, scratch + dlb_row_scratch_bytes(*job.args)).run(begin, end, run);
+  char* short_scratch = scratch + dlb_row_scratch_bytes(*job.args);
+  if (NarrowRows<T>::takes(job)) {
+    NarrowRows<T>(job, short_scratch).run(begin, end, run);
+  } else if (ShortRows<T>::takes(job)) {
+    ShortRows<T>(job, short_scratch).run(begin, end, run);
   } else {
     for (int64_t i = begin; i < end; ++i) run(i);
   }

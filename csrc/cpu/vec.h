@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -119,6 +120,37 @@ inline float add_lanes(VF v) { return fold_lanes<Add, float, kVectorBytes>(v); }
 inline double add_lanes(VD v) { return fold_lanes<Add, double, kVectorBytes>(v); }
 inline float max_lanes(VF v) { return fold_lanes<Max, float, kVectorBytes>(v); }
 inline double max_lanes(VD v) { return fold_lanes<Max, double, kVectorBytes>(v); }
+
+template <class V, size_t... lane>
+inline V interleave_low(V a, V b, std::index_sequence<lane...>) {
+  return __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * sizeof...(lane))...);
+}
+template <class V, size_t... lane>
+inline V interleave_high(V a, V b, std::index_sequence<lane...>) {
+  constexpr size_t lanes = sizeof...(lane);
+  return __builtin_shufflevector(a, b, ((lane + lanes) / 2 + lane % 2 * lanes)...);
+}
+
+// fold_lanes of as many vectors as one has lanes: lane j of the result is that of v[j].
+template <class Op, class R, int kRows = kLanes<R>>
+inline Vector<R> fold_rows(Vector<R>* v) {
+  if constexpr (kRows == 1) {
+    return v[0];
+  } else {
+    constexpr auto lanes = std::make_index_sequence<kLanes<R>>{};
+    for (int j = 0; j < kRows / 2; ++j) {
+      const Vector<R> a = v[j], b = v[j + kRows / 2];
+      v[j] = Op::of(interleave_low(a, b, lanes), interleave_high(a, b, lanes));
+    }
+    return fold_rows<Op, R, kRows / 2>(v);
+  }
+}
+
+// As many elements as VD has lanes.
+inline VD load_doubles(const double* p) { return bits_from<VD>(p); }
+inline VD load_doubles(const float* p) {
+  return __builtin_convertvector((bits_from<VectorOf<float, kVectorBytes / 2>::type>(p)), VD);
+}
 
 // ---- storage to real ----
 
