@@ -77,6 +77,18 @@ def check_ids(ids: Tensor, logits: Tensor) -> None:
     check_device("ids", ids, logits)
 
 
+def check_distill(distill: Tensor, logits: Tensor) -> None:
+    if not isinstance(distill, Tensor) or distill.dtype != torch.bool:
+        came = dtype_name(distill) if isinstance(distill, Tensor) else type(distill).__name__
+        raise TypeError(f"distill must be a bool tensor, got {came}")
+    if distill.shape != logits.shape[:1]:
+        raise ValueError(
+            f"distill must have shape ({len(logits)},), one for each row of logits, "
+            f"got {tuple(distill.shape)}"
+        )
+    check_device("distill", distill, logits)
+
+
 def check_options(
     logits: Tensor,
     m: int,

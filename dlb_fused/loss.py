@@ -4,6 +4,7 @@ last logits."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from dlb_fused.cache import (
     rank_and_world,
 )
 from dlb_fused.checks import (
+    check_distill,
     check_ids,
     check_ignore_index,
     check_inplace,
@@ -31,6 +33,14 @@ from dlb_fused.checks import (
     check_options,
     rows_contiguous,
 )
+from dlb_fused.counts import with_global_counts
+from dlb_fused.sequences import (
+    flatten_arguments,
+    flatten_sequences,
+    teacher_tokens,
+    token_setting,
+)
+from dlb_fused.soft_targets import compute_soft, hard_labels
 
 
 class DLBParts(NamedTuple):
@@ -116,6 +126,14 @@ def dlb_loss(
         >>> print(f"{loss.item():.4f}")
         0.3390
     """
+    soft = None
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        if labels.is_floating_point():
+            soft, labels, ignore_index = labels, hard_labels(logits, labels, inplace), -100
+        else:
+            logits, labels, last_logits, temperature, alpha = flatten_arguments(
+                logits, labels, last_logits, temperature, alpha
+            )
     check_logits(logits, labels)
     m = 0
     if last_logits is not None:
@@ -131,8 +149,25 @@ def dlb_loss(
     teacher = (last_logits, m, None, None, None)
     gradient = (need_grad, inplace and need_grad)
     args = LossArgs(*(rows, labels.contiguous(), *teacher, *options, *gradient))
-    loss, out = compute(args, backend)
+    loss, out = compute(args, backend) if soft is None else compute_soft(args, soft, backend)
     return DLBParts(loss, *out.parts.unbind()) if return_parts else loss
+
+
+#: temperature or alpha: a number, a tensor, or a callable of the number of optimizer steps.
+Setting = float | Tensor | Callable[[int], float | Tensor]
+
+
+class Batch(NamedTuple):
+    """One batch as rows of the loss, and what is known of its samples (rows or sequences)."""
+
+    logits: Tensor  # (rows, C)
+    labels: Tensor  # (rows,) int64
+    ids: Tensor | None  # (B,) int64
+    distill: Tensor | None  # (B,) bool
+    T: int | None  # tokens of a sequence: rows = B·T; None: rows = B
+
+    def rows_of(self, samples: int) -> int:
+        return samples if self.T is None else samples * self.T
 
 
 class Lesson(NamedTuple):
@@ -145,15 +180,8 @@ class Lesson(NamedTuple):
     last_valid: Tensor | None
     fresh: int
     pair: CachePair | None = None
-
-
-def row_setting(value: float | Tensor, lesson: Lesson, overlap: int | None) -> float | Tensor:
-    """temperature or alpha for the rows that are taught: of one value a row, those of them."""
-    if not isinstance(value, Tensor) or value.dim() != 1:
-        return value
-    if lesson.overlap == 0:
-        return 1.0  # nobody reads it
-    return value[: lesson.overlap] if value.shape[0] == overlap else value
+    # () int64: rows that teacher_rows leaves out, and that are skipped and not mismatched
+    skipped: Tensor | None = None
 
 
 NO_LESSON = Lesson(None, 0, None, None, None, 0)
@@ -202,13 +230,13 @@ class DLBLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float | Tensor = 3.0,
-        alpha: float | Tensor = 1.0,
+        temperature: Setting = 3.0,
+        alpha: Setting = 1.0,
         *,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
-        normalizer: tuple[Tensor | float, Tensor | float] | None = None,
+        normalizer: tuple[Tensor | float, Tensor | float] | str | None = None,
         grad_scale: float | Tensor | None = None,
         inplace: bool = False,
         backend: str = "auto",
@@ -223,12 +251,26 @@ class DLBLoss(nn.Module):
             raise ValueError(f"lag must be an int >= 1, got {lag!r}")
         if inplace and keep == "view":
             raise ValueError("inplace=True overwrites the logits that keep='view' would keep")
-        if capturable and (keep == "view" or lag > 1):
-            raise ValueError("capturable=True needs keep='copy' and lag=1")
+        if isinstance(normalizer, str) and normalizer != "global":
+            raise ValueError(
+                f"normalizer must be None, 'global' or a pair (ce_count, kl_count), "
+                f"got {normalizer!r}"
+            )
+        if capturable and (keep == "view" or lag > 1 or normalizer == "global"):
+            raise ValueError(
+                "capturable=True needs keep='copy' and lag=1, and cannot count for "
+                "normalizer='global'"
+            )
         if backend != "auto":
             backends.load(backend)
         for name, value in (("temperature", temperature), ("alpha", alpha)):
-            if not isinstance(value, Tensor):
+            if callable(value):
+                if capturable:
+                    raise ValueError(
+                        f"capturable=True replays the {name} it has captured, not a callable: "
+                        "use a 0-dim tensor and fill_ it"
+                    )
+            elif not isinstance(value, Tensor):
                 check_number(name, value)
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
@@ -245,6 +287,7 @@ class DLBLoss(nn.Module):
         self._pending: list[Cache | None] = []  # of a call with commit=False
         self._pair: CachePair | None = None  # in place of _caches if capturable
         self._written_by: tuple[int, int] | None = None  # rank and world of a loaded state
+        self._calls = 0  # training calls that were committed, for schedules
         self._last: list[Tensor] = []  # loss and parts of the last call
         self._stats: Tensor | None = None
         self._watch = ChainWatch()
@@ -256,6 +299,7 @@ class DLBLoss(nn.Module):
         ids: Tensor | None = None,
         *,
         overlap: int | None = None,
+        distill: Tensor | None = None,
         temperature: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
         commit: bool = True,
@@ -263,21 +307,35 @@ class DLBLoss(nn.Module):
         """The loss of one batch, a 0-dim tensor.
 
         Args:
-            logits: (B, C). labels: (B,) int64.
-            ids: (B,) int64, which sample each row is. With them (in this call and the last) rows
-                are matched inside [:m]: permuted or missing rows are fine, and only rows without a
-                partner lose their KL.
+            logits: (B, C), or (B, T, C) of a language model.
+            labels: (B,) int64; (B, C) probabilities; (B, T) int64 for logits (B, T, C).
+            ids: (B,) int64, which sample each row (or sequence) is. With them (in this call and the
+                last) rows are matched inside [:m]: permuted or missing rows are fine, and only rows
+                without a partner lose their KL.
             overlap: m, if it is not the number of cached rows. Without it, a batch that is no
                 larger than the cache is taken whole into the next cache.
+            distill: (B,) bool. Rows that are False neither learn from the cache nor teach later
+                (the gate for mixed rows); `stats()` counts them as skipped.
+            temperature, alpha: in place of those of the constructor.
             commit: False keeps the fresh rows pending until `commit()`.
 
         Raises:
             ValueError: the batch is smaller than its overlap, or a wrong shape; see `dlb_loss` for
                 the others.
         """
+        samples, soft, T = logits, None, None
+        if isinstance(labels, Tensor) and labels.dim() == 2:
+            if labels.is_floating_point():
+                soft, labels = labels, hard_labels(logits, labels, self.inplace)
+            else:
+                logits, labels = flatten_sequences(logits, labels)
+                T = samples.shape[1]
         check_logits(logits, labels)
         if ids is not None:
-            check_ids(ids, logits)
+            check_ids(ids, samples)
+        if distill is not None:
+            check_distill(distill, samples)
+        batch = Batch(logits, labels, ids, distill, T)
         training = self.training and torch.is_grad_enabled() and logits.requires_grad
         if self.training:
             refuse_export()
@@ -285,16 +343,23 @@ class DLBLoss(nn.Module):
         if training:
             refuse_recomputation()
             self._refuse_commit(commit)
-            lesson = self._lesson(logits, ids, overlap)
+            lesson = self._lesson(batch, overlap)
+        tau = self.temperature if temperature is None else temperature
+        if type(tau) is not float:
+            tau = self._setting("temperature", tau, batch, lesson, overlap)
+        weight_of_kl = self.alpha if alpha is None else alpha
+        if type(weight_of_kl) is not float:
+            weight_of_kl = self._setting("alpha", weight_of_kl, batch, lesson, overlap)
+        is_global = self.normalizer == "global"
         options = check_options(
             logits,
             lesson.overlap,
             self.weight,
-            self.ignore_index,
+            self.ignore_index if soft is None else -100,
             self.label_smoothing,
-            row_setting(self.temperature if temperature is None else temperature, lesson, overlap),
-            row_setting(self.alpha if alpha is None else alpha, lesson, overlap),
-            self.normalizer,
+            tau,
+            weight_of_kl,
+            None if is_global else self.normalizer,  # type: ignore[arg-type]
             self.grad_scale,
         )
         rows = rows_contiguous(logits)
@@ -304,23 +369,48 @@ class DLBLoss(nn.Module):
         gradient = (need_grad, self.inplace and need_grad)
         keep = (lesson.fresh, self.keep == "copy", self._stats if training else None, lesson.pair)
         args = LossArgs(*(rows, labels.contiguous(), *lesson[:5], *options, *gradient, *keep))
-        loss, out = compute(args, self.backend)
+        if is_global and training:
+            args = with_global_counts(args, soft is not None)
+        if soft is None:
+            loss, out = compute(args, self.backend)
+        else:
+            loss, out = compute_soft(args, soft, self.backend)
         self._last[:] = loss.detach(), out.parts
         if training:
-            self._remember(out, logits, ids, lesson, commit)
+            self._remember(out, batch, lesson, commit)
         return loss
 
-    def _lesson(self, logits: Tensor, ids: Tensor | None, overlap: int | None) -> Lesson:
+    def _setting(
+        self, name: str, value: Setting, batch: Batch, lesson: Lesson, overlap: int | None
+    ) -> float | Tensor:
+        """temperature or alpha of this step; of one value a row, those of the taught rows."""
+        if callable(value):
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"{name} is a callable, which torch.compile would call once and never again: "
+                    "use a 0-dim tensor and fill_ it before each step"
+                )
+            value = value(self._calls // self.lag)
+        if not isinstance(value, Tensor) or value.dim() != 1:
+            return value
+        if lesson.overlap == 0:
+            return 1.0  # nobody reads it
+        m = lesson.overlap if batch.T is None else lesson.overlap // batch.T
+        value = value[:m] if value.shape[0] == overlap else value
+        return value if batch.T is None else token_setting(name, value, m, batch.T)
+
+    def _lesson(self, batch: Batch, overlap: int | None) -> Lesson:
         """Which rows are taught by which of the cache, and how many are fresh."""
+        logits, _, ids, distill, T = batch
         if self._stats is None or self._stats.device != logits.device:
             self._stats = torch.zeros(3, dtype=torch.int64, device=logits.device)
-        B = logits.shape[0]
+        B = logits.shape[0] if T is None else logits.shape[0] // T
         if overlap is not None and not (type(overlap) is int and 0 <= overlap <= B):
             raise ValueError(f"overlap must be an int from 0 to {B}, got {overlap!r}")
         if self.capturable:
-            return self._static_lesson(logits, ids, overlap)
+            return self._static_lesson(batch, overlap)
         refuse_capture(logits)
-        cache = self._teacher(logits)
+        cache = self._teacher(batch, B)
         if self.keep == "view" and torch.compiler.is_compiling():
             raise RuntimeError("keep='view' cannot be used under torch.compile: use keep='copy'")
         m = overlap if overlap is not None else (0 if cache is None else cache.labels.shape[0])
@@ -331,32 +421,61 @@ class DLBLoss(nn.Module):
                 "call reset() when a new chain begins"
             )
         # A batch without fresh rows of its own begins a chain, or repeats the last one whole.
-        fresh = B if overlap is None and m == B else B - m
+        fresh = batch.rows_of(B if overlap is None and m == B else B - m)
         if cache is None or m == 0:
             return Lesson(None, 0, None, None, None, fresh)
+        if T is not None:
+            return self._token_lesson(batch, cache, m, fresh)
         if ids is not None and cache.ids is not None:
-            teacher_rows = match_rows(ids[:m], cache.ids)
-            return Lesson(cache.logits, m, teacher_rows, None, cache.valid, fresh)
-        last_logits, rows = cache.logits, cache.labels.shape[0]
+            teacher_rows, skipped = match_rows(ids[:m], cache.ids), None
+            if distill is not None:
+                teacher_rows = torch.where(distill[:m], teacher_rows, -1)
+                skipped = (~distill[:m]).sum()
+            return Lesson(cache.logits, m, teacher_rows, None, cache.valid, fresh, None, skipped)
+        last_logits, rows, valid = cache.logits, cache.labels.shape[0], cache.valid
         if m < rows:
             last_logits = last_logits[:m]
-        return Lesson(last_logits, min(m, rows), None, cache.labels, cache.valid, fresh)
+        m = min(m, rows)
+        if distill is not None:
+            valid = valid[:m] * distill[:m]
+        return Lesson(last_logits, m, None, cache.labels, valid, fresh)
 
-    def _teacher(self, logits: Tensor) -> Cache | None:
-        """The cache of `lag` calls ago, if it can teach these logits; else it is dropped with a
+    def _token_lesson(self, batch: Batch, cache: Cache, m: int, fresh: int) -> Lesson:
+        """The same for the first m sequences."""
+        sequences = None
+        if batch.ids is not None and cache.ids is not None:
+            sequences = match_rows(batch.ids[:m], cache.ids)
+        else:
+            m = min(m, cache.labels.shape[0])
+        teacher_rows, skipped = teacher_tokens(
+            batch.labels.view(-1, batch.T)[:m],  # type: ignore[arg-type]
+            cache.labels,
+            sequences,
+            self.ignore_index,
+            None if batch.distill is None else batch.distill[:m],
+        )
+        overlap = batch.rows_of(m)
+        return Lesson(cache.logits, overlap, teacher_rows, None, cache.valid, fresh, None, skipped)
+
+    def _teacher(self, batch: Batch, B: int) -> Cache | None:
+        """The cache of `lag` calls ago, if it can teach this batch; else it is dropped with a
         warning."""
         if self._written_by is not None:
             rank, world = self._written_by
             if (rank, world) != rank_and_world():
                 self._drop(f"it was written by rank {rank} of {world}")
             self._written_by = None
-            if any(c is not None and c.labels.shape[0] > logits.shape[0] for c in self._caches):
-                self._drop(f"it has more rows than the {logits.shape[0]} of this batch")
+            if any(c is not None and c.labels.shape[0] > B for c in self._caches):
+                self._drop(f"it has more rows than the {B} of this batch")
         cache = self._caches[0] if len(self._caches) == self.lag else None
         if cache is None:
             return None
+        logits = batch.logits
         if cache.logits.shape[1] != logits.shape[1]:
             self._drop(f"it has {cache.logits.shape[1]} classes, logits have {logits.shape[1]}")
+            return None
+        if (cache.labels.dim() == 1) != (batch.T is None):
+            self._drop("of logits (B, C) and (B, T, C), it has the one and this batch the other")
             return None
         cache.check_version()
         return cache.on(logits)
@@ -367,11 +486,11 @@ class DLBLoss(nn.Module):
             return
         warnings.warn(f"DLBLoss drops its cache: {why}", RuntimeWarning, stacklevel=7)
 
-    def _static_lesson(self, logits: Tensor, ids: Tensor | None, overlap: int | None) -> Lesson:
-        refuse_pair(self.backend, logits, ids)
-        B, C = logits.shape
+    def _static_lesson(self, batch: Batch, overlap: int | None) -> Lesson:
+        refuse_pair(self.backend, batch)
+        B, C = batch.logits.shape
         if self._pair is None:
-            self._pair = self._new_pair(logits, B - (overlap or 0))
+            self._pair = self._new_pair(batch, B - (overlap or 0))
         _, rows, classes = self._pair.logits.shape
         m = overlap if overlap is not None else (rows if B == 2 * rows else 0)
         if classes != C or B - m != rows or m not in (0, rows):
@@ -381,9 +500,10 @@ class DLBLoss(nn.Module):
             )
         return Lesson(None, m, None, None, None, rows, self._pair)
 
-    def _new_pair(self, logits: Tensor, rows: int) -> CachePair:
+    def _new_pair(self, batch: Batch, rows: int) -> CachePair:
         """Two empty slots; slot 0 holds the cache of a loaded state, if there is one that fits."""
-        cache = self._teacher(logits)
+        logits = batch.logits
+        cache = self._teacher(batch, len(logits))
         rows = rows if cache is None else len(cache.labels)
         new = logits.new_zeros
         pair = CachePair(
@@ -397,38 +517,46 @@ class DLBLoss(nn.Module):
                 slots[0].copy_(value)
         return pair
 
-    def _remember(
-        self,
-        out: LossOutputs,
-        logits: Tensor,
-        ids: Tensor | None,
-        lesson: Lesson,
-        commit: bool,
-    ) -> None:
-        if not self.capturable:
-            self._pending[:] = [self._new_cache(out, logits, ids, lesson.fresh)]
+    def _remember(self, out: LossOutputs, batch: Batch, lesson: Lesson, commit: bool) -> None:
+        if self.capturable:
+            self._calls += 1
+        else:
+            self._pending[:] = [self._new_cache(out, batch, lesson.fresh)]
             if commit:
                 self.commit()
+        if lesson.skipped is not None and self._stats is not None:
+            self._stats[1:] += torch.stack((-lesson.skipped, lesson.skipped))
         if not torch.compiler.is_compiling() and self._stats is not None:
-            self._watch.look(self._stats, lesson.teacher_rows is not None)
+            by_ids = batch.ids is not None and lesson.teacher_rows is not None
+            self._watch.look(self._stats, by_ids)
 
-    def _new_cache(
-        self, out: LossOutputs, logits: Tensor, ids: Tensor | None, fresh: int
-    ) -> Cache | None:
+    def _new_cache(self, out: LossOutputs, batch: Batch, fresh: int) -> Cache | None:
         *_, kept, labels, valid = out
         if labels is None or valid is None:  # no fresh row
             return None
-        ids = None if ids is None else ids[-fresh:].clone()
+        _, _, ids, distill, T = batch
+        n = fresh if T is None else fresh // T
+        if T is not None:
+            labels = labels.view(n, T)
+        if distill is not None:
+            may_teach = distill[-n:]
+            valid = valid * (may_teach if T is None else may_teach.repeat_interleave(T))
+        ids = None if ids is None else ids[-n:].clone()
         if kept is not None:
             return Cache(kept, labels, valid, ids, None)
-        view = rows_contiguous(logits.detach())[-fresh:]
+        view = rows_contiguous(batch.logits.detach())[-fresh:]
         version = None if torch.compiler.is_compiling() else view._version
         return Cache(view, labels, valid, ids, version)
 
     def commit(self) -> None:
-        """Makes the fresh rows of the last call with commit=False the newest of the cache."""
+        """Makes the fresh rows of the last call with commit=False the newest of the cache, and
+        counts that call as a step of the schedules."""
+        if not self._pending:
+            return
         self._caches[:] = [*self._caches, *self._pending][-self.lag :]
         self._pending.clear()
+        if not torch.compiler.is_compiling():  # it would compile anew for each number
+            self._calls += 1
 
     @property
     def parts(self) -> DLBParts:
@@ -475,11 +603,19 @@ class DLBLoss(nn.Module):
             caches = [Cache(logits, labels, valid, None, None) if valid.any() else None]
         rank, world = rank_and_world()
         states = [None if cache is None else cache.state() for cache in caches]
-        return {"format": FORMAT, "lag": self.lag, "rank": rank, "world": world, "caches": states}
+        return {
+            "format": FORMAT,
+            "lag": self.lag,
+            "rank": rank,
+            "world": world,
+            "calls": self._calls,
+            "caches": states,
+        }
 
     def set_extra_state(self, state: Any) -> None:
         caches = caches_from_state(state)
         self.reset()
+        self._calls = state.get("calls", 0) * self.lag // state["lag"]
         if state["lag"] != self.lag:
             self._drop(f"it was written with lag={state['lag']}, this is lag={self.lag}")
             return
@@ -515,9 +651,14 @@ def refuse_capture(logits: Tensor) -> None:
         raise RuntimeError("to capture DLBLoss in a CUDA graph, make it with capturable=True")
 
 
-def refuse_pair(backend: str, logits: Tensor, ids: Tensor | None) -> None:
-    if ids is not None:
+def refuse_pair(backend: str, batch: Batch) -> None:
+    logits = batch.logits
+    if batch.ids is not None:
         raise ValueError("capturable=True compares labels and takes no ids")
+    if batch.distill is not None:
+        raise ValueError("capturable=True keeps the validity of rows by itself, without distill")
+    if batch.T is not None:
+        raise ValueError("capturable=True takes logits (B, C), got (B, T, C)")
     if torch.compiler.is_compiling():
         raise RuntimeError("capturable=True is for CUDA graphs in eager mode, not torch.compile")
     if not backends.has_pair(backends.choose(backend, logits)):

@@ -187,6 +187,18 @@ def _counts(args: LossArgs, rows: _Rows) -> tuple[Tensor, Tensor]:
     return ce_count, kl_count
 
 
+def count_rows(args: LossArgs) -> tuple[Tensor, Tensor]:
+    """The same for one batch by itself, with no look at its logits."""
+    real = torch.float64 if args.logits.dtype == torch.float64 else torch.float32
+    valid = args.labels != args.ignore_index
+    taught, *_ = _taught(args, valid)
+    weights = valid
+    if args.weight is not None:
+        in_range = valid & (args.labels >= 0) & (args.labels < args.logits.shape[1])
+        weights = args.weight[torch.where(in_range, args.labels, 0)] * valid
+    return weights.sum(dtype=real), taught.sum(dtype=real)
+
+
 class _Sums(NamedTuple):
     """Exponentials and their sums, of (1) and (3)"""
 
