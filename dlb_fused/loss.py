@@ -35,6 +35,7 @@ from dlb_fused.checks import (
 )
 from dlb_fused.counts import with_global_counts
 from dlb_fused.sequences import (
+    each_token,
     flatten_arguments,
     flatten_sequences,
     teacher_tokens,
@@ -166,9 +167,6 @@ class Batch(NamedTuple):
     distill: Tensor | None  # (B,) bool
     T: int | None  # tokens of a sequence: rows = B·T; None: rows = B
 
-    def rows_of(self, samples: int) -> int:
-        return samples if self.T is None else samples * self.T
-
 
 class Lesson(NamedTuple):
     """What the cache says of one batch; the first five are fields of `LossArgs`."""
@@ -287,7 +285,7 @@ class DLBLoss(nn.Module):
         self._pending: list[Cache | None] = []  # of a call with commit=False
         self._pair: CachePair | None = None  # in place of _caches if capturable
         self._written_by: tuple[int, int] | None = None  # rank and world of a loaded state
-        self._calls = 0  # training calls that were committed, for schedules
+        self._calls = [0]  # committed training calls; in a list: nn.Module sets attributes slowly
         self._last: list[Tensor] = []  # loss and parts of the last call
         self._stats: Tensor | None = None
         self._watch = ChainWatch()
@@ -336,7 +334,8 @@ class DLBLoss(nn.Module):
         if distill is not None:
             check_distill(distill, samples)
         batch = Batch(logits, labels, ids, distill, T)
-        training = self.training and torch.is_grad_enabled() and logits.requires_grad
+        need_grad = logits.requires_grad and torch.is_grad_enabled()
+        training = self.training and need_grad
         if self.training:
             refuse_export()
         lesson = NO_LESSON
@@ -363,10 +362,10 @@ class DLBLoss(nn.Module):
             self.grad_scale,
         )
         rows = rows_contiguous(logits)
-        need_grad = logits.requires_grad and torch.is_grad_enabled()
-        if self.inplace and need_grad:
+        inplace = self.inplace and need_grad
+        if inplace:
             check_inplace(logits, rows, lesson.last_logits, options[-1])
-        gradient = (need_grad, self.inplace and need_grad)
+        gradient = (need_grad, inplace)
         keep = (lesson.fresh, self.keep == "copy", self._stats if training else None, lesson.pair)
         args = LossArgs(*(rows, labels.contiguous(), *lesson[:5], *options, *gradient, *keep))
         if is_global and training:
@@ -390,7 +389,7 @@ class DLBLoss(nn.Module):
                     f"{name} is a callable, which torch.compile would call once and never again: "
                     "use a 0-dim tensor and fill_ it before each step"
                 )
-            value = value(self._calls // self.lag)
+            value = value(self._calls[0] // self.lag)
         if not isinstance(value, Tensor) or value.dim() != 1:
             return value
         if lesson.overlap == 0:
@@ -421,11 +420,13 @@ class DLBLoss(nn.Module):
                 "call reset() when a new chain begins"
             )
         # A batch without fresh rows of its own begins a chain, or repeats the last one whole.
-        fresh = batch.rows_of(B if overlap is None and m == B else B - m)
+        fresh = B if overlap is None and m == B else B - m
+        if T is not None:
+            fresh *= T
         if cache is None or m == 0:
             return Lesson(None, 0, None, None, None, fresh)
         if T is not None:
-            return self._token_lesson(batch, cache, m, fresh)
+            return self._token_lesson(batch, cache, m, fresh, T)
         if ids is not None and cache.ids is not None:
             teacher_rows, skipped = match_rows(ids[:m], cache.ids), None
             if distill is not None:
@@ -440,7 +441,7 @@ class DLBLoss(nn.Module):
             valid = valid[:m] * distill[:m]
         return Lesson(last_logits, m, None, cache.labels, valid, fresh)
 
-    def _token_lesson(self, batch: Batch, cache: Cache, m: int, fresh: int) -> Lesson:
+    def _token_lesson(self, batch: Batch, cache: Cache, m: int, fresh: int, T: int) -> Lesson:
         """The same for the first m sequences."""
         sequences = None
         if batch.ids is not None and cache.ids is not None:
@@ -448,14 +449,13 @@ class DLBLoss(nn.Module):
         else:
             m = min(m, cache.labels.shape[0])
         teacher_rows, skipped = teacher_tokens(
-            batch.labels.view(-1, batch.T)[:m],  # type: ignore[arg-type]
+            batch.labels.view(-1, T)[:m],
             cache.labels,
             sequences,
             self.ignore_index,
             None if batch.distill is None else batch.distill[:m],
         )
-        overlap = batch.rows_of(m)
-        return Lesson(cache.logits, overlap, teacher_rows, None, cache.valid, fresh, None, skipped)
+        return Lesson(cache.logits, m * T, teacher_rows, None, cache.valid, fresh, None, skipped)
 
     def _teacher(self, batch: Batch, B: int) -> Cache | None:
         """The cache of `lag` calls ago, if it can teach this batch; else it is dropped with a
@@ -519,7 +519,7 @@ class DLBLoss(nn.Module):
 
     def _remember(self, out: LossOutputs, batch: Batch, lesson: Lesson, commit: bool) -> None:
         if self.capturable:
-            self._calls += 1
+            self._calls[0] += 1
         else:
             self._pending[:] = [self._new_cache(out, batch, lesson.fresh)]
             if commit:
@@ -540,7 +540,7 @@ class DLBLoss(nn.Module):
             labels = labels.view(n, T)
         if distill is not None:
             may_teach = distill[-n:]
-            valid = valid * (may_teach if T is None else may_teach.repeat_interleave(T))
+            valid = valid * (may_teach if T is None else each_token(may_teach, T))
         ids = None if ids is None else ids[-n:].clone()
         if kept is not None:
             return Cache(kept, labels, valid, ids, None)
@@ -556,7 +556,7 @@ class DLBLoss(nn.Module):
         self._caches[:] = [*self._caches, *self._pending][-self.lag :]
         self._pending.clear()
         if not torch.compiler.is_compiling():  # it would compile anew for each number
-            self._calls += 1
+            self._calls[0] += 1
 
     @property
     def parts(self) -> DLBParts:
@@ -608,14 +608,14 @@ class DLBLoss(nn.Module):
             "lag": self.lag,
             "rank": rank,
             "world": world,
-            "calls": self._calls,
+            "calls": self._calls[0],
             "caches": states,
         }
 
     def set_extra_state(self, state: Any) -> None:
         caches = caches_from_state(state)
         self.reset()
-        self._calls = state.get("calls", 0) * self.lag // state["lag"]
+        self._calls[0] = state.get("calls", 0) * self.lag // state["lag"]
         if state["lag"] != self.lag:
             self._drop(f"it was written with lag={state['lag']}, this is lag={self.lag}")
             return
