@@ -14,7 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dlb_fused import DLBLoss
 
 # Each of them brings a value, or a size that depends on values, to the host.
-WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2"}
+WAITS = {
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "_unique2",
+}
 
 
 class Ops(TorchDispatchMode):
