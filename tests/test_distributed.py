@@ -1,5 +1,5 @@
-"""normalizer="global" between real processes (gloo): the mean of the ranks' gradients is the gradient
-of one process that has all rows."""
+"""normalizer="global" between real processes (gloo): the mean of the ranks' gradients is the
+gradient of one process that has all rows."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def network() -> nn.Module:
 
 def worker(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
     results = {}
     for case, options in CASES.items():
         model = DistributedDataParallel(network())
