@@ -59,7 +59,7 @@ def match_rows(ids: Tensor, last_ids: Tensor) -> Tensor:
     """(m,) int64: for each id its row in last_ids (rows,), or -1. Asks the device nothing."""
     ordered, order = last_ids.sort()
     at = torch.searchsorted(ordered, ids).clamp(max=len(last_ids) - 1)
-    return torch.where(ordered[at] == ids, order[at], -1)
+    return torch.where(ordered.gather(0, at) == ids, order.gather(0, at), -1)
 
 
 def caches_from_state(state: Any) -> list[Cache | None]:
