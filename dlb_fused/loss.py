@@ -21,10 +21,12 @@ from dlb_fused.cache import (
     rank_and_world,
 )
 from dlb_fused.checks import (
+    check_flag,
     check_ids,
     check_ignore_index,
     check_inplace,
     check_label_smoothing,
+    check_labels_b,
     check_last_logits,
     check_logits,
     check_number,
@@ -36,8 +38,8 @@ from dlb_fused.checks import (
 class DLBParts(NamedTuple):
     """The loss and what it is made of, 0-dim tensors; all but `loss` are detached.
 
-    loss = ce + α·τ²·kl for scalar α and τ. ce_count is the number of valid rows (with `weight` the
-    sum of their weights), kl_count the number of rows that were distilled.
+    loss = ce + α·τ²·kl for scalar α and τ. ce_count is the number of valid rows (with `weight`, but
+    without `labels_b`, the sum of their weights), kl_count the number of rows that were distilled.
     """
 
     loss: Tensor
@@ -62,6 +64,9 @@ def dlb_loss(
     inplace: bool = False,
     backend: str = "auto",
     return_parts: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    distill_ignored: bool = False,
 ) -> Tensor | DLBParts:
     r"""Cross-entropy of all rows + α·τ²·KL(last_logits || logits) at temperature τ on rows [:m].
 
@@ -89,6 +94,13 @@ def dlb_loss(
         inplace: write the gradient over logits. They must not be a leaf; one backward only.
         backend: "auto", or a name from `dlb_fused.BACKENDS`; a name runs or raises.
         return_parts: return `DLBParts` in place of the loss.
+        labels_b: (B,) int64, a second label of each row, for mixup and cutmix. The target of row i
+            is then lam of class labels[i] and 1 - lam of class labels_b[i], and the cross-entropy
+            is torch's for probabilities: with `weight`, its denominator is the number of valid
+            rows. A row is ignored if one of its labels is ignore_index. Goes with lam.
+        lam: in [0, 1]: a float, a 0-dim tensor, or a tensor (B,) with one value a row.
+        distill_ignored: rows [:m] that are ignored keep their KL (unlabelled samples); they have no
+            cross-entropy.
 
     Returns:
         0-dim float32 tensor (float64 for float64 logits). It is 0 with gradient 0 where torch gives
@@ -97,8 +109,8 @@ def dlb_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
         IndexError: a label is out of range (CPU). On a GPU the loss and that row's gradient become
-            NaN instead, and likewise for a bad value in a temperature or alpha tensor: to ask
-            would be a host sync.
+            NaN instead, and likewise for a bad value in a temperature, alpha or lam tensor: to
+            ask would be a host sync.
         RuntimeError: the named backend cannot run here (with its reason), or `inplace` would break
             autograd.
 
@@ -131,6 +143,10 @@ def dlb_loss(
     teacher = (last_logits, m, None, None, None)
     gradient = (need_grad, inplace and need_grad)
     args = LossArgs(*(rows, labels.contiguous(), *teacher, *options, *gradient))
+    if not (labels_b is lam is None and distill_ignored is False):
+        check_flag("distill_ignored", distill_ignored)
+        second = check_labels_b(logits, labels_b, lam)
+        args = args._replace(**second, distill_ignored=distill_ignored)
     loss, out = compute(args, backend)
     return DLBParts(loss, *out.parts.unbind()) if return_parts else loss
 
@@ -184,6 +200,7 @@ class DLBLoss(nn.Module):
             a step).
         lag: the overlap repeats the batch `lag` calls ago: micro-batches of an optimizer step under
             accumulation.
+        distill_ignored: as for `dlb_loss`; such a row also teaches.
         capturable: static buffers whose roles are decided on the device, for CUDA graphs: every
             batch then has n fresh rows and an overlap of n (or none). Two forwards before the first
             backward are refused by autograd.
@@ -215,6 +232,7 @@ class DLBLoss(nn.Module):
         keep: str = "copy",
         lag: int = 1,
         capturable: bool = False,
+        distill_ignored: bool = False,
     ) -> None:
         super().__init__()
         if keep not in ("copy", "view"):
@@ -241,6 +259,8 @@ class DLBLoss(nn.Module):
         self.normalizer, self.grad_scale = normalizer, grad_scale
         self.inplace, self.backend = inplace, backend
         self.keep, self.lag, self.capturable = keep, lag, capturable
+        check_flag("distill_ignored", distill_ignored)
+        self.distill_ignored = distill_ignored
         self._caches: list[Cache | None] = []  # oldest first, at most `lag` of them
         self._pending: list[Cache | None] = []  # of a call with commit=False
         self._pair: CachePair | None = None  # in place of _caches if capturable
@@ -259,6 +279,8 @@ class DLBLoss(nn.Module):
         temperature: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
         commit: bool = True,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch, a 0-dim tensor.
 
@@ -270,6 +292,7 @@ class DLBLoss(nn.Module):
             overlap: m, if it is not the number of cached rows. Without it, a batch that is no
                 larger than the cache is taken whole into the next cache.
             commit: False keeps the fresh rows pending until `commit()`.
+            labels_b, lam: as for `dlb_loss`. The guard compares `labels` alone.
 
         Raises:
             ValueError: the batch is smaller than its overlap, or a wrong shape; see `dlb_loss` for
@@ -304,6 +327,9 @@ class DLBLoss(nn.Module):
         gradient = (need_grad, self.inplace and need_grad)
         keep = (lesson.fresh, self.keep == "copy", self._stats if training else None, lesson.pair)
         args = LossArgs(*(rows, labels.contiguous(), *lesson[:5], *options, *gradient, *keep))
+        if not (labels_b is lam is None and self.distill_ignored is False):
+            second = check_labels_b(logits, labels_b, lam)
+            args = args._replace(**second, distill_ignored=self.distill_ignored)
         loss, out = compute(args, self.backend)
         self._last[:] = loss.detach(), out.parts
         if training:

@@ -149,6 +149,11 @@ def test_label_out_of_range(form: Form, label: int, cuda: Watched) -> None:
     contract.check_label_out_of_range(forward, of(form), label)
 
 
+@pytest.mark.parametrize("label", [-1, 10**6, 2**32 + 1])
+def test_bad_second_label(form: Form, label: int, cuda: Watched) -> None:
+    contract.check_bad_second_label(forward, of(form), label)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INF])
 def test_bad_values_in_tensors(form: Form, bad: float, cuda: Watched) -> None:
     contract.check_bad_values(forward, of(form), bad)

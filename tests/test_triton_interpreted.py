@@ -174,6 +174,11 @@ def test_label_out_of_range(form: str, label: int) -> None:
     contract.check_label_out_of_range(checked.forward, make(4, C, 2), label)
 
 
+@pytest.mark.parametrize("label", [-1, 10**6, 2**32 + 1])
+def test_bad_second_label(form: str, label: int) -> None:
+    contract.check_bad_second_label(checked.forward, make(4, C, 2), label)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INF])
 def test_bad_values_in_tensors(form: str, bad: float) -> None:
     contract.check_bad_values(checked.forward, make(4, C, 2), bad)
