@@ -73,18 +73,26 @@ DLB_DEVICE bool find_teacher(const DlbCudaArgs& a, int64_t i, int64_t first, int
   return a.loss.last_valid == nullptr || load(a.loss.last_valid + teacher) != 0;
 }
 
+// Whether row i, of this label and maybe another one, has a cross-entropy.
+DLB_DEVICE bool is_valid(const DlbArgs& a, int64_t i, int64_t label) {
+  return label != a.ignore_index &&
+         (a.labels_b == nullptr || load(a.labels_b + i) != a.ignore_index);
+}
+
+DLB_DEVICE bool is_class(const DlbArgs& a, int64_t label) { return label >= 0 && label < a.C; }
+
 template <class R>
 DLB_DEVICE void tally_row(const DlbCudaArgs& a, int64_t i, int64_t first, Tally<R>& t) {
   const int64_t label = load(a.loss.labels + i);
-  const bool valid = label != a.loss.ignore_index;
-  if (a.loss.weight == nullptr) {
+  const bool valid = is_valid(a.loss, i, label);
+  if (a.loss.weight == nullptr || a.loss.labels_b != nullptr) {
     t.ce += valid;
-  } else if (valid && label >= 0 && label < a.loss.C) {
+  } else if (valid && is_class(a.loss, label)) {
     t.ce += value_at<R>(a.loss.weight, label);
   }
   int64_t teacher = 0;
   const bool may = find_teacher(a, i, first, teacher);
-  t.taught += may && valid;
+  t.taught += may && (valid || a.loss.distill_ignored);
   if (a.loss.last_labels != nullptr) {
     t.differs += may && load(a.loss.last_labels + teacher) != label;
   } else if (a.loss.teacher_rows != nullptr && i < a.loss.overlap) {
@@ -154,17 +162,53 @@ DLB_DEVICE StepCounts<R> step_counts(const KernelArgs& k, const Tally<R>& tally)
 }
 
 template <class R>
+DLB_DEVICE R lam_of(const DlbArgs& a, int64_t row) {
+  return a.lams == nullptr ? R(a.lam) : value_at<R>(a.lams, a.lam_step * row);
+}
+
+// The labels of a valid row that has two; no label at all where something is out of range.
+template <class T>
+DLB_DEVICE void take_two_labels(const DlbArgs& a, int64_t row, RowFacts<Real<T>>& f) {
+  using R = Real<T>;
+  const int64_t given = load(a.labels_b + row);
+  const R lam = lam_of<R>(a, row);
+  const bool known = f.label >= 0 && is_class(a, given) && lam >= 0 && lam <= 1;
+  const int first = f.label, second = int(given);
+  if (!known) f.label = -1;
+  if (!known || first == second || lam == 1) return;
+  const T* z = static_cast<const T*>(a.logits) + row * a.logits_stride;
+  const R z_first = real_of(load_element(z + first)), z_second = real_of(load_element(z + second));
+  const bool swap = lam == 0 || z_second > z_first;
+  f.label = swap ? second : first;
+  if (lam != 0) f.b = {swap ? first : second, swap ? z_first : z_second};
+}
+
+// What the end of a row with two labels needs beside; known late, for the sake of registers.
+template <class R>
+DLB_DEVICE Shares<R> shares_of(const DlbArgs& a, int64_t row, const RowFacts<R>& f) {
+  Shares<R> s{1, 0, 1, 0};
+  if (f.b.label < 0) return s;
+  const R lam = lam_of<R>(a, row);
+  const bool swapped = load(a.labels + row) != f.label;
+  s.label = swapped ? 1 - lam : lam;
+  s.b = swapped ? lam : 1 - lam;
+  if (a.weight != nullptr) s.b_weight = value_at<R>(a.weight, f.b.label);
+  return s;
+}
+
+template <class T, class R = Real<T>>
 DLB_DEVICE RowFacts<R> row_facts(const DlbCudaArgs& a, int64_t row, int64_t first) {
-  RowFacts<R> f{-1, false, false, 0, 1, 0, 1};
+  RowFacts<R> f{-1, false, false, 0, 1, 0, 1, {-1, 0}};
   if (row >= a.loss.B) return f;
   const int64_t label = load(a.loss.labels + row);
-  f.valid = label != a.loss.ignore_index;
-  if (label >= 0 && label < a.loss.C) f.label = int(label);
+  f.valid = is_valid(a.loss, row, label);
+  if (is_class(a.loss, label)) f.label = int(label);
+  if (f.valid && a.loss.labels_b != nullptr) take_two_labels<T>(a.loss, row, f);
   if (f.valid && f.label < 0) f.label_weight = nan<R>();
   if (f.valid && f.label >= 0 && a.loss.weight != nullptr) {
     f.label_weight = value_at<R>(a.loss.weight, f.label);
   }
-  f.taught = find_teacher(a, row, first, f.teacher) && f.valid;
+  f.taught = find_teacher(a, row, first, f.teacher) && (f.valid || a.loss.distill_ignored);
   if (!f.taught) return f;
   f.temperature = R(a.loss.temperature);
   if (a.loss.temperatures != nullptr) {

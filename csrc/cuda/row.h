@@ -138,6 +138,9 @@ struct RowTeam {
     }
   }
 
+  // Whether this thread writes the vector with this class.
+  DLB_DEVICE bool writes(int c) const { return (c + phase) / kN % threads == thread; }
+
   DLB_DEVICE int label_vector() const { return facts.label >= 0 ? (facts.label + phase) / kN : -1; }
 
   // What precedes the first pass of a row on chip: it goes into the next cache, ...
@@ -275,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
   if (done) return;
   const unsigned blocks = cluster_size(), rank = cluster_rank();
   const int64_t row = in_turn(blockIdx.x / blocks, a.loss.overlap, a.loss.B), first = first_row(a);
-  RowFacts<R> facts = row_facts<R>(a, row, first);
+  RowFacts<R> facts = row_facts<T>(a, row, first);
   if (a.dloss != nullptr) facts.taught = facts.taught && step_counts<R>(k, {}).keep;
   const int64_t next_row = next_row_of(a, row, first);
 
@@ -342,20 +345,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
     team.p = z, team.p_slots = 0;
   }
 
+  Shares<R> shares = shares_of(a.loss, row, facts);
+  if (facts.b.label >= 0 && facts.taught) {
+    shares.b_p = load_any<R>(p, a.loss.last_dtype, facts.b.label);
+  }
   Gradient<R> g;
   RowLoss<R> loss;
   const R smoothing = R(a.loss.label_smoothing);
-  const R ce_share = dloss * inverse_count(n.ce), kl_share = dloss * inverse_count(n.kl);
+  const R ce_share = facts.valid ? dloss * inverse_count(n.ce) : R(0);
+  const R kl_share = dloss * inverse_count(n.kl);
   if (kind == Kind::kPlain) {
-    loss =
-        row_end<Kind::kPlain, kSmooth>(s, facts, scale, a.loss.C, smoothing, ce_share, kl_share, g);
+    loss = row_end<Kind::kPlain, kSmooth>(s, facts, shares, scale, a.loss.C, smoothing, ce_share,
+                                          kl_share, g);
   } else {
-    loss = row_end<Kind::kTaught, kSmooth>(s, facts, scale, a.loss.C, smoothing, ce_share, kl_share,
-                                           g);
+    loss = row_end<Kind::kTaught, kSmooth>(s, facts, shares, scale, a.loss.C, smoothing, ce_share,
+                                           kl_share, g);
   }
   if (a.loss.dlogits != nullptr) {
     T* out = static_cast<T*>(a.loss.dlogits) + row * a.loss.dlogits_stride;
-    if (!facts.valid) {
+    if (!facts.valid && !facts.taught) {
       team.write_zeros(out);
     } else if (kind == Kind::kPlain) {
       team.template write<Kind::kPlain>(out, g, scale);
@@ -363,6 +371,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
       team.template write<Kind::kTaught>(out, g, scale);
     } else if constexpr (!kSmooth) {
       team.template write<Kind::kCube>(out, g, scale);
+    }
+    if (facts.b.label >= 0 && team.writes(facts.b.label)) {
+      store_element(out + facts.b.label, element_of<T>(g.at_label_b));
     }
   }
   if (rank == 0 && a.dloss == nullptr) {

@@ -141,6 +141,8 @@ struct TileRow {
       z.put(v, Element<T>::pack(d));
     });
     if (has_label()) z.at(facts.label) = element_of<T>(g.at_label);
+    const int b = facts.b.label;
+    if (b >= 0 && z.has_column(b)) z.at(b) = element_of<T>(g.at_label_b);
   }
 };
 
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   const int own = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int64_t row = top + own, next_row = next_row_of(a, row, first);
   const bool exists = own < count, heavy = top < a.loss.overlap;
-  RowFacts<R> facts = row_facts<R>(a, row, first);
+  RowFacts<R> facts = row_facts<T>(a, row, first);
   if (a.dloss != nullptr) facts.taught = facts.taught && step_counts<R>(k, {}).keep;
 
   T* const tile = reinterpret_cast<T*>(memory);
@@ -217,18 +219,23 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
     team.template sums<Kind::kCube>(s, scale);
   }
 
+  Shares<R> shares = shares_of(a.loss, row, facts);
+  if (facts.b.label >= 0 && facts.taught) shares.b_p = real_of(p.at(facts.b.label));
   Gradient<R> g;
   RowLoss<R> loss;
   const R smoothing = R(a.loss.label_smoothing);
-  const R ce_share = dloss * inverse_count(n.ce), kl_share = dloss * inverse_count(n.kl);
+  const R ce_share = facts.valid ? dloss * inverse_count(n.ce) : R(0);
+  const R kl_share = dloss * inverse_count(n.kl);
   if (!heavy) {
-    loss = row_end<Kind::kPlain, kSmooth>(s, facts, scale, C, smoothing, ce_share, kl_share, g);
+    loss = row_end<Kind::kPlain, kSmooth>(s, facts, shares, scale, C, smoothing, ce_share, kl_share,
+                                          g);
   } else {
-    loss = row_end<Kind::kTaught, kSmooth>(s, facts, scale, C, smoothing, ce_share, kl_share, g);
+    loss = row_end<Kind::kTaught, kSmooth>(s, facts, shares, scale, C, smoothing, ce_share,
+                                           kl_share, g);
   }
   if (a.loss.dlogits != nullptr) {
     T* const out = static_cast<T*>(a.loss.dlogits);
-    if (!facts.valid) {
+    if (!facts.valid && !facts.taught) {
       if (exists) z.fill(0);
     } else if (!heavy) {
       team.template write<Kind::kPlain>(g, scale);
