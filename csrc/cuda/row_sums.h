@@ -214,16 +214,15 @@ DLB_DEVICE void gradient(const Gradient<R>& g, const R (&z)[kN], const R (&p)[kN
 template <class R>
 struct LabelB {
   int label;  // -1: the row has one label
-  R z;        // its logit
+  R share;    // in the target; the likelier one has the rest
+  R weight;
+  R z, p;  // logits there
 };
 
-// The parts of a row's labels in its target.
 template <class R>
-struct Shares {
-  R label, b;
-  R b_weight;
-  R b_p;  // the teacher's logit at b, 0 without teacher
-};
+DLB_DEVICE LabelB<R> no_label_b() {
+  return {-1, 0, 1, 0, 0};
+}
 
 // What of the batch concerns one row.
 template <class R>
@@ -234,7 +233,6 @@ struct RowFacts {
   int64_t teacher;  // its teacher's row
   R temperature, alpha;
   R label_weight;  // NaN for a valid label out of range
-  LabelB<R> b;
 };
 
 template <class R>
@@ -274,7 +272,7 @@ DLB_DEVICE Sums<R> label_sums(const Sums<R>& s, R weight, Scales<R> scale) {
 // The end of a row from its sums; not taught, it may have a teacher all the same, which then has no
 // part in it. ce_share, kl_share: the gradient's scale over the counts.
 template <Kind kKind, bool kSmooth, class R>
-DLB_DEVICE RowLoss<R> row_end(Sums<R> s, const RowFacts<R>& row, const Shares<R>& shares,
+DLB_DEVICE RowLoss<R> row_end(Sums<R> s, const RowFacts<R>& row, const LabelB<R>& b,
                               Scales<R> scale, int64_t classes, R smoothing, R ce_share, R kl_share,
                               Gradient<R>& g) {
   const bool known = row.label >= 0;
@@ -288,17 +286,17 @@ DLB_DEVICE RowLoss<R> row_end(Sums<R> s, const RowFacts<R>& row, const Shares<R>
   r.other = s.other;
   r.e_y = known ? exp2_of(x) : 0;
   r.x_y = known ? kLn2<R> * x : 0;
-  const bool two = row.b.label >= 0;
+  const bool two = b.label >= 0;
   if (two) {
-    const R x_b = x_of(row.b.z, s.z_max, scale);
+    const R x_b = x_of(b.z, s.z_max, scale);
     r.e_b = exp2_of(x_b);
     r.x_b = kLn2<R> * x_b;
   }
   // No other class has any weight: then not even the rounding of the top shall be seen.
   if (r.other == 0 && r.e_y > 0) r.x_b -= r.x_y, r.e_y = 1, r.x_y = 0;
   r.smooth = smoothing == 0 ? 0 : kLn2<R> * s.smooth;
-  const Label<R> y{shares.label, row.label_weight}, b{shares.b, shares.b_weight};
-  const RowTarget<R> t = row_target(smoothing, R(classes), y, b, s.weights);
+  const Label<R> own{1 - b.share, row.label_weight}, other{b.share, b.weight};
+  const RowTarget<R> t = row_target(smoothing, R(classes), own, other, s.weights);
   const R total = r.other + r.e_y;
   g.z_max = s.z_max, g.p_max = row.taught ? s.p_max : s.z_max;
   g.factor = ce_share * (t.hard + t.hard_b + t.smooth * s.weights) / total;
@@ -306,7 +304,7 @@ DLB_DEVICE RowLoss<R> row_end(Sums<R> s, const RowFacts<R>& row, const Shares<R>
   g.at_label = ce_share * row_label_gradient(r, t);
   g.at_label_b = 0;
   if (two) {
-    const RowTarget<R> t_b = row_target(smoothing, R(classes), b, y, s.weights);
+    const RowTarget<R> t_b = row_target(smoothing, R(classes), other, own, s.weights);
     g.at_label_b = ce_share * row_label_b_gradient(r, t_b);
   }
   g.from_student = g.from_teacher = 0;
@@ -325,8 +323,8 @@ DLB_DEVICE RowLoss<R> row_end(Sums<R> s, const RowFacts<R>& row, const Shares<R>
     g.at_label += share * (student / s.student - q / s.teacher);  // 1 - 1 where C = 1
   }
   if (two) {
-    const R student = exp2_of(fused(row.b.z, scale.k, -top_of(s.z_max, scale.k)));
-    const R q = exp2_of(fused(shares.b_p, scale.k, -top_of(s.p_max, scale.k)));
+    const R student = exp2_of(fused(b.z, scale.k, -top_of(s.z_max, scale.k)));
+    const R q = exp2_of(fused(b.p, scale.k, -top_of(s.p_max, scale.k)));
     g.at_label_b += share * (student / s.student - q / s.teacher);
   }
   loss.kl = row_divergence(r, row.temperature);
