@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     weight: Any
     parity: Any
     labels_b: Any
-    distill_ignored: Any  # None or anything
+    distill_ignored: Any  # None: they are not
 
 
 class Counts(NamedTuple):

@@ -173,6 +173,7 @@ CASES = [
     Case("two labels, confident in the first", C=100, lam=0.3, margin=20.0),
     Case("two labels, confident in the second", C=100, lam=0.3, margin_b=20.0),
     Case("two labels, very confident in the second", C=100, lam=0.9, margin_b=60.0),
+    Case("two labels, confident in the second of nearly all", C=100, lam=1e-6, margin_b=20.0, m=0),
     Case("two labels, confident in both", C=100, lam=0.3, margin=19.0, margin_b=20.0),
     Case("two labels, common offset", C=100, lam=0.3, offset=1e4),
     Case("two labels, confident at an offset", C=100, lam=0.3, offset=1e4, margin_b=400.0),

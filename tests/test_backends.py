@@ -412,15 +412,16 @@ def test_broadcast_teacher(backend_device: tuple[str, str]) -> None:
     assert relative_error(x.logits.grad, fp64_truth(x)[1]) <= 1e-6
 
 
+@pytest.mark.parametrize("lam", [None, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_inplace(dtype: torch.dtype, backend_device: tuple[str, str]) -> None:
+def test_inplace(dtype: torch.dtype, lam: float | None, backend_device: tuple[str, str]) -> None:
     backend, device = backend_device
     for dloss in (1.0, -3.7, 0.0):
-        x = Case("", C=33, dtype=dtype).make(device)
+        x = Case("", C=33, dtype=dtype, lam=lam).make(device)
         logits = x.logits * 1
         want = fp64_truth(x, dloss)[1]
         address = logits.data_ptr()
-        loss = dlb_loss(logits, x.labels, x.last_logits, inplace=True, backend=backend)
+        loss = dlb_loss(logits, x.labels, x.last_logits, inplace=True, backend=backend, **x.options)
         assert logits.data_ptr() == address and logits._version > 0
         loss.backward(torch.full_like(loss, dloss))  # type: ignore[union-attr, arg-type]
         assert x.logits.grad is not None

@@ -197,8 +197,10 @@ def test_confident_rows(form: str) -> None:
     assert ((out.dlogits[at].double() / want.dlogits[at]) - 1).abs()[1:].max() < 3e-6
 
 
-def test_inplace_and_rescale(form: str) -> None:
-    args = make(4, C, 2, inplace=True)
+@pytest.mark.parametrize("two", [False, True])
+def test_inplace_and_rescale(form: str, two: bool) -> None:
+    second = {"labels_b": contract.second_labels(C), "lam": 0.3} if two else {}
+    args = make(4, C, 2, inplace=True, **second)
     wide = torch.zeros(4, C + 3)
     wide[:, :C] = args.logits
     args = args._replace(logits=wide[:, :C])

@@ -81,7 +81,10 @@ int64_t first_bad_label(const DlbArgs& a) {
 
 int64_t valid_rows(const DlbArgs& a, int64_t end) {
   int64_t count = 0;
-  for (int64_t i = 0; i < end; ++i) count += dlb_row_valid(a, i);
+  if (!a.labels_b)
+    for (int64_t i = 0; i < end; ++i) count += a.labels[i] != a.ignore_index;
+  else
+    for (int64_t i = 0; i < end; ++i) count += dlb_row_valid(a, i);
   return count;
 }
 
