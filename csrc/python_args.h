@@ -41,7 +41,7 @@ inline void* address(PyObject* tensor) {
   return reinterpret_cast<void*>(data_ptr(tensor));
 }
 
-// A temperature or alpha: a float, or a tensor of one value, or of one a row.
+// A temperature, alpha or lam: a float, or a tensor of one value, or of one a row.
 inline void put_setting(PyObject* setting, double& value, const void*& values, int32_t& step) {
   static const Method dim("dim");
   if (PyFloat_Check(setting)) {
@@ -61,7 +61,7 @@ inline DlbArgs args_from(const py::tuple& args, const py::tuple& scalars, const 
   static PyObject* const shape_name = PyUnicode_InternFromString("shape");
   static PyObject* const first = PyLong_FromLong(0);
   static PyObject* const before_last = PyLong_FromLong(-2);
-  if (args.size() < 12 || scalars.size() != 3 || outputs.size() != 7)
+  if (args.size() < 24 || scalars.size() != 3 || outputs.size() != 7)
     throw py::value_error("not the tuples that dlb_fused/native.py describes");
   PyObject* const* given = &PyTuple_GET_ITEM(args.ptr(), 0);
   PyObject* const* scalar = &PyTuple_GET_ITEM(scalars.ptr(), 0);
@@ -97,6 +97,9 @@ inline DlbArgs args_from(const py::tuple& args, const py::tuple& scalars, const 
   a.next_labels = static_cast<int64_t*>(address(written[4]));
   a.next_valid = static_cast<uint8_t*>(address(written[5]));
   a.stats = static_cast<int64_t*>(address(written[6]));
+  a.labels_b = static_cast<int64_t*>(address(given[21]));
+  put_setting(given[22], a.lam, a.lams, a.lam_step);
+  a.distill_ignored = given[23] == Py_True;
   a.dtype = dtype;
   a.last_dtype = last_dtype;
   a.threads = threads;

@@ -23,10 +23,12 @@ from dlb_fused.cache import (
 )
 from dlb_fused.checks import (
     check_distill,
+    check_flag,
     check_ids,
     check_ignore_index,
     check_inplace,
     check_label_smoothing,
+    check_labels_b,
     check_last_logits,
     check_logits,
     check_number,
@@ -47,8 +49,8 @@ from dlb_fused.soft_targets import compute_soft, hard_labels
 class DLBParts(NamedTuple):
     """The loss and what it is made of, 0-dim tensors; all but `loss` are detached.
 
-    loss = ce + α·τ²·kl for scalar α and τ. ce_count is the number of valid rows (with `weight` the
-    sum of their weights), kl_count the number of rows that were distilled.
+    loss = ce + α·τ²·kl for scalar α and τ. ce_count is the number of valid rows (with `weight`, but
+    without `labels_b`, the sum of their weights), kl_count the number of rows that were distilled.
     """
 
     loss: Tensor
@@ -73,6 +75,9 @@ def dlb_loss(
     inplace: bool = False,
     backend: str = "auto",
     return_parts: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    distill_ignored: bool = False,
 ) -> Tensor | DLBParts:
     r"""Cross-entropy of all rows + α·τ²·KL(last_logits || logits) at temperature τ on rows [:m].
 
@@ -105,6 +110,13 @@ def dlb_loss(
         inplace: write the gradient over logits. They must not be a leaf; one backward only.
         backend: "auto", or a name from `dlb_fused.BACKENDS`; a name runs or raises.
         return_parts: return `DLBParts` in place of the loss.
+        labels_b: (B,) int64, a second label of each row, for mixup and cutmix. The target of row i
+            is then lam of class labels[i] and 1 - lam of class labels_b[i], and the cross-entropy
+            is torch's for probabilities: with `weight`, its denominator is the number of valid
+            rows. A row is ignored if one of its labels is ignore_index. Goes with lam.
+        lam: in [0, 1]: a float, a 0-dim tensor, or a tensor (B,) with one value a row.
+        distill_ignored: rows [:m] that are ignored keep their KL (unlabelled samples); they have no
+            cross-entropy.
 
     Returns:
         0-dim float32 tensor (float64 for float64 logits). It is 0 with gradient 0 where torch gives
@@ -113,8 +125,8 @@ def dlb_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
         IndexError: a label is out of range (CPU). On a GPU the loss and that row's gradient become
-            NaN instead, and likewise for a bad value in a temperature or alpha tensor: to ask
-            would be a host sync.
+            NaN instead, and likewise for a bad value in a temperature, alpha or lam tensor: to
+            ask would be a host sync.
         RuntimeError: the named backend cannot run here (with its reason), or `inplace` would break
             autograd.
 
@@ -134,6 +146,7 @@ def dlb_loss(
     """
     soft = None
     if isinstance(labels, Tensor) and labels.dim() == 2:
+        refuse_second_label(labels, labels_b, lam)
         if labels.is_floating_point():
             soft, labels, ignore_index = labels, hard_labels(logits, labels, inplace), -100
         else:
@@ -155,6 +168,10 @@ def dlb_loss(
     teacher = (last_logits, m, None, None, None)
     gradient = (need_grad, inplace and need_grad)
     args = LossArgs(*(rows, labels.contiguous(), *teacher, *options, *gradient))
+    if not (labels_b is lam is None and distill_ignored is False):
+        check_flag("distill_ignored", distill_ignored)
+        second = check_labels_b(logits, labels_b, lam)
+        args = args._replace(**second, distill_ignored=distill_ignored)
     loss, out = compute(args, backend) if soft is None else compute_soft(args, soft, backend)
     return DLBParts(loss, *out.parts.unbind()) if return_parts else loss
 
@@ -225,6 +242,7 @@ class DLBLoss(nn.Module):
             a step).
         lag: the overlap repeats the batch `lag` calls ago: micro-batches of an optimizer step under
             accumulation.
+        distill_ignored: as for `dlb_loss`; such a row also teaches.
         capturable: static buffers whose roles are decided on the device, for CUDA graphs: every
             batch then has n fresh rows and an overlap of n (or none). Two forwards before the first
             backward are refused by autograd.
@@ -265,6 +283,7 @@ class DLBLoss(nn.Module):
         keep: str = "copy",
         lag: int = 1,
         capturable: bool = False,
+        distill_ignored: bool = False,
     ) -> None:
         super().__init__()
         if keep not in ("copy", "view"):
@@ -305,6 +324,8 @@ class DLBLoss(nn.Module):
         self.normalizer, self.grad_scale = normalizer, grad_scale
         self.inplace, self.backend = inplace, backend
         self.keep, self.lag, self.capturable = keep, lag, capturable
+        check_flag("distill_ignored", distill_ignored)
+        self.distill_ignored = distill_ignored
         self._caches: list[Cache | None] = []  # oldest first, at most `lag` of them
         self._pending: list[Cache | None] = []  # of a call with commit=False
         self._pair: CachePair | None = None  # in place of _caches if capturable
@@ -321,6 +342,8 @@ class DLBLoss(nn.Module):
         ids: Tensor | None = None,
         *,
         overlap: int | None = None,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
         distill: Tensor | None = None,
         temperature: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
@@ -336,6 +359,7 @@ class DLBLoss(nn.Module):
                 without a partner lose their KL.
             overlap: m, if it is not the number of cached rows. Without it, a batch that is no
                 larger than the cache is taken whole into the next cache.
+            labels_b, lam: as for `dlb_loss`. The guard compares `labels` alone.
             distill: (B,) bool. Rows that are False neither learn from the cache nor teach later
                 (the gate for mixed rows); `stats()` counts them as skipped.
             temperature, alpha: in place of those of the constructor.
@@ -349,9 +373,12 @@ class DLBLoss(nn.Module):
         """
         samples, soft, T = logits, None, None
         if isinstance(labels, Tensor) and labels.dim() == 2:
+            refuse_second_label(labels, labels_b, lam)
             if labels.is_floating_point():
                 soft, labels = labels, hard_labels(logits, labels, self.inplace)
             else:
+                if self.distill_ignored:
+                    raise ValueError("distill_ignored=True takes logits (B, C), got (B, T, C)")
                 logits, labels = flatten_sequences(logits, labels)
                 T = samples.shape[1]
         check_logits(logits, labels)
@@ -397,6 +424,9 @@ class DLBLoss(nn.Module):
         remember = training and commit is not None
         keep = (lesson.fresh, self.keep == "copy", self._stats if remember else None, lesson.pair)
         args = LossArgs(*(rows, labels.contiguous(), *lesson[:5], *options, *gradient, *keep))
+        if not (labels_b is lam is None and self.distill_ignored is False):
+            second = check_labels_b(logits, labels_b, lam)
+            args = args._replace(**second, distill_ignored=self.distill_ignored)
         if is_global and training:
             args = with_global_counts(args, soft is not None)
         if soft is None:
@@ -674,6 +704,15 @@ def refuse_recomputation() -> None:
         raise RuntimeError(
             "DLBLoss was called inside backward: keep it outside of the region that "
             "torch.utils.checkpoint computes again"
+        )
+
+
+def refuse_second_label(
+    labels: Tensor, labels_b: Tensor | None, lam: float | Tensor | None
+) -> None:
+    if not labels_b is lam is None:
+        raise ValueError(
+            f"labels_b and lam go with labels of shape (B,), got labels {tuple(labels.shape)}"
         )
 
 

@@ -24,6 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ids and mask": {},
     "probabilities": {"weight": WEIGHT},
     "sequences": {},
+    "two labels": {"weight": WEIGHT},
+    "ignored rows distilled": {"distill_ignored": True},
 }
 
 
@@ -33,6 +35,7 @@ class Rows(NamedTuple):
     ids: Tensor | None
     distill: Tensor | None
     taught: Tensor  # (B,) int64: which row of the last batch teaches, -1 for none
+    labels_b: Tensor | None  # (B,)
 
 
 def rows_of(case: str, rank: int, step: int) -> Rows:
@@ -67,7 +70,8 @@ def rows_of(case: str, rank: int, step: int) -> Rows:
         distill[1:m:2], taught[1:m:2] = False, -1
     if case == "probabilities":
         labels = nn.functional.one_hot(labels.clamp(min=0), C) * 0.8 + 0.04
-    return Rows(x, labels, ids, distill, taught)
+    labels_b = torch.randint(0, C, (len(x),), generator=g) if case == "two labels" else None
+    return Rows(x, labels, ids, distill, taught, labels_b)
 
 
 def network() -> nn.Module:
@@ -85,9 +89,10 @@ def worker(rank: int, world: int, folder: Path) -> None:
         model = DistributedDataParallel(network())
         criterion = DLBLoss(normalizer="global", **options)
         for step in range(STEPS):
-            x, labels, ids, distill, _ = rows_of(case, rank, step)
+            x, labels, ids, distill, _, labels_b = rows_of(case, rank, step)
+            lam = None if labels_b is None else 0.7
             model.zero_grad()
-            loss = criterion(model(x), labels, ids, distill=distill)
+            loss = criterion(model(x), labels, ids, distill=distill, labels_b=labels_b, lam=lam)
             loss.backward()
             gradients = [p.grad.clone() for p in model.parameters()]
             results[case, step] = (gradients, loss.detach(), criterion.parts.kl)
@@ -106,16 +111,19 @@ def union(case: str, world: int, step: int, options: dict[str, Any]) -> tuple[li
     model = network().double()
     overlap, rest, teacher = [], [], []
     for rank in range(world):
-        x, labels, _, _, taught = rows_of(case, rank, step)
+        x, labels, _, _, taught, labels_b = rows_of(case, rank, step)
         logits = model(x.double())
         last = model(rows_of(case, rank, step - 1).x.double()).detach()
         is_taught = taught >= 0
-        overlap.append((logits[is_taught], labels[is_taught]))
-        rest.append((logits[~is_taught], labels[~is_taught]))
+        rows = (logits, labels) if labels_b is None else (logits, labels, labels_b)
+        overlap.append(tuple(x[is_taught] for x in rows))
+        rest.append(tuple(x[~is_taught] for x in rows))
         teacher.append(last[taught[is_taught]])
-    logits, labels = (torch.cat(parts) for parts in zip(*overlap, *rest, strict=True))
+    logits, labels, *second = map(torch.cat, zip(*overlap, *rest, strict=True))
     last_logits = torch.cat(teacher)
     options = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    if second:
+        options |= {"labels_b": second[0], "lam": 0.7}
     loss: Any = dlb_loss(logits, labels, last_logits, **options)
     return list(torch.autograd.grad(loss, list(model.parameters()))), loss.detach()
 

@@ -280,3 +280,13 @@ def test_ids_of_wrong_length_and_static_buffers() -> None:
         DLBLoss()(z, Y, torch.arange(20))
     with pytest.raises(ValueError, match=re.escape("takes logits (B, C), got (B, T, C)")):
         DLBLoss(capturable=True, backend="cuda")(z, Y)
+
+
+def test_what_has_no_meaning_for_sequences() -> None:
+    z = Z.clone().requires_grad_()
+    with pytest.raises(
+        ValueError, match=re.escape("labels_b and lam go with labels of shape (B,)")
+    ):
+        DLBLoss()(z, Y, labels_b=Y, lam=0.5)
+    with pytest.raises(ValueError, match=re.escape("distill_ignored=True takes logits (B, C)")):
+        DLBLoss(distill_ignored=True)(z, Y)

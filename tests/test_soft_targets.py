@@ -137,6 +137,10 @@ def test_one_graph_under_compile() -> None:
     [
         ({"labels": torch.ones(8, 4)}, "must have the shape (B, C) of logits, got (8, 4) for"),
         ({"labels": torch.ones(8, 5, device="meta")}, "labels must be on cpu like logits"),
+        (
+            {"labels_b": torch.zeros(8).long(), "lam": 0.5},
+            "go with labels of shape (B,), got labels",
+        ),
         ({"inplace": True}, "inplace=True cannot be used with labels that are probabilities"),
     ],
 )
