@@ -236,7 +236,8 @@ class DLBLoss(nn.Module):
             their number, so that the mean of gradients that DDP takes is the gradient of the mean
             over all rows, however unequal the ranks' shares. One all_reduce of two numbers in each
             training call, which every rank must make (with an empty batch if need be); none in
-            other calls, where it is None, as it is without a process group.
+            other calls, where it is None, as it is without a process group. `parts` then have a
+            rank's share, whose mean over the ranks is the value over all rows.
         keep: "copy" (the kernel copies the fresh rows) or "view" (a reference to the logits: no
             copy, but they must not be written to, and the whole batch of logits stays in memory for
             a step).
@@ -401,9 +402,9 @@ class DLBLoss(nn.Module):
         tau = self.temperature if temperature is None else temperature
         if type(tau) is not float:
             tau = self._setting("temperature", tau, batch, lesson, overlap)
-        weight_of_kl = self.alpha if alpha is None else alpha
-        if type(weight_of_kl) is not float:
-            weight_of_kl = self._setting("alpha", weight_of_kl, batch, lesson, overlap)
+        kl_weight = self.alpha if alpha is None else alpha
+        if type(kl_weight) is not float:
+            kl_weight = self._setting("alpha", kl_weight, batch, lesson, overlap)
         is_global = self.normalizer == "global"
         options = check_options(
             logits,
@@ -412,7 +413,7 @@ class DLBLoss(nn.Module):
             self.ignore_index if soft is None else -100,
             self.label_smoothing,
             tau,
-            weight_of_kl,
+            kl_weight,
             None if is_global else self.normalizer,  # type: ignore[arg-type]
             self.grad_scale,
         )
@@ -534,7 +535,9 @@ class DLBLoss(nn.Module):
             self._drop(f"it has {cache.logits.shape[1]} classes, logits have {logits.shape[1]}")
             return None
         if (cache.labels.dim() == 1) != (batch.T is None):
-            self._drop("of logits (B, C) and (B, T, C), it has the one and this batch the other")
+            forms = "(B, C)", "(B, T, C)"
+            was, now = forms if batch.T is not None else forms[::-1]
+            self._drop(f"it is of logits {was}, these are {now}")
             return None
         cache.check_version()
         return cache.on(logits)
