@@ -30,9 +30,13 @@ struct DlbArgs {
   int64_t* next_labels;
   uint8_t* next_valid;
   int64_t* stats;
-  double temperature, alpha, label_smoothing;
+  const int64_t* labels_b;  // null: rows have one label
+  const void* lams;         // real; null: `lam`
+  double temperature, alpha, label_smoothing, lam;
   int32_t dtype, last_dtype;
   int32_t temperature_step, alpha_step;  // 1: one value a row; 0: one for all
   int32_t threads;
+  int32_t lam_step;  // as temperature_step
+  int32_t distill_ignored;
   int32_t unused;
 };

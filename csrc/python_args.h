@@ -12,7 +12,7 @@ T* address(PyObject* tensor) {
   return static_cast<T*>(TensorView(tensor).data);
 }
 
-// A temperature or alpha: a float, or a tensor of one value, or of one a row.
+// A temperature, alpha or lam: a float, or a tensor of one value, or of one a row.
 inline void put_setting(PyObject* setting, double& value, const void*& values, int32_t& step) {
   if (PyFloat_Check(setting)) {
     value = PyFloat_AS_DOUBLE(setting);
@@ -34,7 +34,7 @@ inline int32_t dtype_of(const TensorView& tensor) {
 // loss, parts, dlogits, next_logits, next_labels, next_valid, stats.
 inline DlbArgs args_from(const py::tuple& args, const py::tuple& scalars, const py::tuple& outputs,
                          int64_t fresh, int32_t threads) {
-  if (args.size() < 12 || scalars.size() != 3 || outputs.size() != 7)
+  if (args.size() < 24 || scalars.size() != 3 || outputs.size() != 7)
     throw py::value_error("not the tuples that dlb_fused/native.py describes");
   PyObject* const* given = &PyTuple_GET_ITEM(args.ptr(), 0);
   PyObject* const* scalar = &PyTuple_GET_ITEM(scalars.ptr(), 0);
@@ -70,6 +70,9 @@ inline DlbArgs args_from(const py::tuple& args, const py::tuple& scalars, const 
   a.next_labels = address<int64_t>(written[4]);
   a.next_valid = address<uint8_t>(written[5]);
   a.stats = address<int64_t>(written[6]);
+  a.labels_b = address<int64_t>(given[21]);
+  put_setting(given[22], a.lam, a.lams, a.lam_step);
+  a.distill_ignored = given[23] == Py_True;
   a.dtype = dtype_of(logits);
   a.last_dtype = dtype_of(last_logits);
   a.threads = threads;

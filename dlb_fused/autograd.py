@@ -78,8 +78,8 @@ _apply = super(Function, DLBLossFunction).apply  # type: ignore[misc]
 
 
 def _options(args: LossArgs) -> list[Tensor]:
-    """The tensors among weight ... grad_scale."""
-    return [x for x in args[7:15] if isinstance(x, Tensor)]
+    """The tensors among weight ... grad_scale, labels_b and lam."""
+    return [x for x in (*args[7:15], *args[21:23]) if isinstance(x, Tensor)]
 
 
 def _backward(ctx: Any, dloss: Tensor) -> Tensor:
@@ -128,7 +128,8 @@ _SETTINGS = (
     "Tensor logits, Tensor labels, Tensor? last_logits, SymInt overlap, Tensor? teacher_rows, "
     "Tensor? last_labels, Tensor? last_valid, Tensor? weight, int ignore_index, "
     "float label_smoothing, float temperature, Tensor? temperatures, float alpha, Tensor? alphas, "
-    "Tensor? ce_count, Tensor? kl_count, SymInt fresh, bool copy_logits, str backend"
+    "Tensor? ce_count, Tensor? kl_count, SymInt fresh, bool copy_logits, Tensor? labels_b, "
+    "float lam, Tensor? lams, bool distill_ignored, str backend"
 )
 
 library = torch.library.Library("dlb_fused", "DEF")
@@ -171,29 +172,32 @@ def _settings_of(args: LossArgs) -> tuple[Any, ...]:
         args.kl_count,
         args.fresh,
         args.copy_logits,
+        args.labels_b,
+        *split(args.lam),
+        args.distill_ignored,
     )
 
 
 def _args_of(*settings: Any) -> tuple[LossArgs, str]:
-    (*head, label_smoothing, tau, taus, alpha, alphas, ce_count, kl_count, fresh, copy, backend) = (
-        settings
-    )
+    *head, tau, taus, alpha, alphas, ce_count, kl_count = settings[:16]
+    fresh, copy_logits, labels_b, lam, lams, distill_ignored, backend = settings[16:]
     args = LossArgs(
         *(
             *head,
-            label_smoothing,
             tau if taus is None else taus,
             alpha if alphas is None else alphas,
             ce_count,
             kl_count,
         )
     )
-    return args._replace(fresh=fresh, copy_logits=copy), backend
+    lam = lam if lams is None else lams
+    second = {"labels_b": labels_b, "lam": lam, "distill_ignored": distill_ignored}
+    return args._replace(fresh=fresh, copy_logits=copy_logits, **second), backend
 
 
 def _loss(*settings: Any) -> tuple[Tensor, ...]:
     args, backend = _args_of(*settings)
-    for name in ("temperature", "alpha"):  # while tracing there was no value to look at
+    for name in ("temperature", "alpha", "lam"):  # while tracing there was no value to look at
         check_values(name, getattr(args, name))
     stats = args.labels.new_zeros(3)
     out = backends.choose(backend, args.logits).forward(args._replace(stats=stats))

@@ -79,6 +79,12 @@ class LossArgs(NamedTuple):
     stats: Tensor | None = None
     # graph-capturable cache, read and written in place of last_* and next_*
     pair: CachePair | None = None
+    # (B,) int64: a second label of each row; ce_count then is the number of valid rows
+    labels_b: Tensor | None = None
+    # the share of the first label, in [0, 1]; a tensor is real, of shape () or (B,)
+    lam: float | Tensor = 1.0
+    # overlap rows with an ignored label keep their kl
+    distill_ignored: bool = False
 
 
 class CachePair(NamedTuple):

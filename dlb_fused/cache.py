@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FORMAT = 1  # of the state_dict
+FORMAT = 2  # of the state_dict; 1 had no "calls" and no sequences
 
 
 class Cache(NamedTuple):
     """The fresh rows of one call, n of them: the teacher of a later call."""
 
-    logits: Tensor  # (n, C), detached
-    labels: Tensor  # (n,) int64
-    valid: Tensor  # (n,) uint8: 0 for a row with NaN, +inf or only -inf
+    logits: Tensor  # (n, C), detached; of sequences (n·T, C)
+    labels: Tensor  # (n,) int64; of sequences (n, T)
+    valid: Tensor  # (n,) or (n·T,) uint8: 0 for a row with NaN, +inf or only -inf, or gated
     ids: Tensor | None  # (n,) int64
     version: int | None  # of `logits`, where it is a view of the caller's tensor
 
@@ -59,19 +59,21 @@ def match_rows(ids: Tensor, last_ids: Tensor) -> Tensor:
     """(m,) int64: for each id its row in last_ids (rows,), or -1. Asks the device nothing."""
     ordered, order = last_ids.sort()
     at = torch.searchsorted(ordered, ids).clamp(max=len(last_ids) - 1)
-    return torch.where(ordered[at] == ids, order[at], -1)
+    return torch.where(ordered.gather(0, at) == ids, order.gather(0, at), -1)
 
 
 def caches_from_state(state: Any) -> list[Cache | None]:
     """The caches of a state_dict. Raises ValueError if it is malformed."""
-    keys = {"format", "lag", "rank", "world", "caches"}
+    keys = {"format", "lag", "rank", "world", "calls", "caches"}
+    if isinstance(state, dict) and state.get("format") == 1:
+        keys.remove("calls")
     if not isinstance(state, dict) or set(state) != keys or not isinstance(state["caches"], list):
         raise ValueError(f"malformed DLBLoss state: expected a dict of {sorted(keys)}")
-    if state["format"] != FORMAT:
+    if state["format"] not in (1, FORMAT):
         raise ValueError(
-            f"DLBLoss state has format {state['format']!r}, this version reads {FORMAT}"
+            f"DLBLoss state has format {state['format']!r}, this version reads 1 and {FORMAT}"
         )
-    for name in ("lag", "rank", "world"):
+    for name in sorted(keys - {"format", "caches"}):
         if type(state[name]) is not int:
             raise ValueError(f"malformed DLBLoss state: {name} must be an int, got {state[name]!r}")
     if len(state["caches"]) > state["lag"]:
@@ -89,22 +91,30 @@ def cache_from_state(state: Any) -> Cache | None:
         raise ValueError(
             f"malformed DLBLoss state: a cache must be None or a dict of {sorted(keys)}"
         )
-    logits, ids = state["logits"], state["ids"]
+    logits, labels, ids = state["logits"], state["labels"], state["ids"]
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError("malformed DLBLoss state: logits must be a floating point tensor (n, C)")
-    dtypes = {"labels": torch.int64, "valid": torch.uint8, "ids": torch.int64}
-    for name, dtype in dtypes.items():
+    rows = samples = len(logits)
+    shape: tuple[int, ...] = (rows,)
+    if isinstance(labels, Tensor) and labels.dim() == 2 and 0 < len(labels) <= rows:
+        samples = len(labels)
+        shape = (samples, rows // samples)
+    for name, dtype, expected in (
+        ("labels", torch.int64, shape),
+        ("valid", torch.uint8, (rows,)),
+        ("ids", torch.int64, (samples,)),
+    ):
         value = state[name]
         if name == "ids" and value is None:
             continue
-        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != logits.shape[:1]:
+        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != expected:
             raise ValueError(
-                f"malformed DLBLoss state: {name} must be a tensor ({len(logits)},) of "
+                f"malformed DLBLoss state: {name} must be a tensor {expected} of "
                 f"{str(dtype).removeprefix('torch.')}"
             )
     return Cache(
         logits.detach().clone(),
-        state["labels"].clone(),
+        labels.clone(),
         state["valid"].clone(),
         None if ids is None else ids.clone(),
         None,

@@ -95,6 +95,18 @@ def check_ids(ids: Tensor, logits: Tensor) -> None:
     check_device("ids", ids, logits)
 
 
+def check_distill(distill: Tensor, logits: Tensor) -> None:
+    if not isinstance(distill, Tensor) or distill.dtype != torch.bool:
+        came = dtype_name(distill) if isinstance(distill, Tensor) else type(distill).__name__
+        raise TypeError(f"distill must be a bool tensor, got {came}")
+    if distill.shape != logits.shape[:1]:
+        raise ValueError(
+            f"distill must have shape ({len(logits)},), one for each row of logits, "
+            f"got {tuple(distill.shape)}"
+        )
+    check_device("distill", distill, logits)
+
+
 def check_options(
     logits: Tensor,
     m: int,
@@ -172,26 +184,71 @@ def check_setting(name: str, value: float | Tensor, logits: Tensor, m: int) -> f
     return value.to(real_dtype(logits)).contiguous()
 
 
+def check_labels_b(
+    logits: Tensor, labels_b: Tensor | None, lam: float | Tensor | None
+) -> dict[str, Any]:
+    """The fields labels_b and lam of `LossArgs`."""
+    if labels_b is None and lam is None:
+        return {}
+    if labels_b is None or lam is None:
+        missing, given = ("lam", "labels_b") if lam is None else ("labels_b", "lam")
+        raise TypeError(
+            f"{given} was given without {missing}: the target of a row is lam of its class in "
+            "labels and 1 - lam of its class in labels_b"
+        )
+    check_tensor("labels_b", labels_b)
+    if labels_b.dtype != torch.int64:
+        raise TypeError(f"labels_b must be int64 class indices, got {dtype_name(labels_b)}")
+    if labels_b.shape != logits.shape[:1]:
+        raise ValueError(
+            f"labels_b must have shape ({len(logits)},) like labels, got {tuple(labels_b.shape)}"
+        )
+    check_device("labels_b", labels_b, logits)
+    return {"labels_b": labels_b.contiguous(), "lam": check_lam(lam, logits)}
+
+
+def check_lam(lam: float | Tensor, logits: Tensor) -> float | Tensor:
+    if not isinstance(lam, Tensor):
+        if not isinstance(lam, (int, float)):
+            raise TypeError(f"lam must be a float or a tensor, got {type(lam).__name__}")
+        if not 0 <= lam <= 1:
+            raise ValueError(f"lam must be in [0, 1], got {lam}")
+        return float(lam)
+    if lam.shape not in ((), logits.shape[:1]):
+        raise ValueError(
+            f"lam must be a float, a 0-dim tensor, or a tensor of shape ({len(logits)},), one for "
+            f"each row of logits; got shape {tuple(lam.shape)}"
+        )
+    check_constant("lam", lam, logits)
+    if not torch.compiler.is_compiling():
+        check_values("lam", lam)
+    return lam.to(real_dtype(logits)).contiguous()
+
+
+def check_flag(name: str, value: bool) -> None:
+    if type(value) is not bool:
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def check_number(name: str, value: float) -> float:
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
     if not (0 < value < math.inf or (value == 0 and name == "alpha")):
-        raise ValueError(f"{name} must be finite and {lower_bound(name)}, got {value}")
+        raise ValueError(f"{name} must be {RANGES[name]}, got {value}")
     return float(value)
 
 
+RANGES = {"temperature": "finite and > 0", "alpha": "finite and >= 0", "lam": "in [0, 1]"}
+
+
 def check_values(name: str, value: float | Tensor) -> None:
-    """Of a temperature or alpha tensor, where to look costs no sync."""
+    """Of a temperature, alpha or lam tensor, where to look costs no sync."""
     if isinstance(value, Tensor) and value.device.type == "cpu":
         good = value.isfinite() & (value > 0 if name == "temperature" else value >= 0)
+        if name == "lam":
+            good &= value <= 1
         if not good.all():
-            raise ValueError(
-                f"{name} must be finite and {lower_bound(name)}, got {value[~good][0].item()}"
-            )
-
-
-def lower_bound(name: str) -> str:
-    return "> 0" if name == "temperature" else ">= 0"
+            raise ValueError(f"{name} must be {RANGES[name]}, got {value[~good][0].item()}")
 
 
 def check_grad_scale(grad_scale: float | Tensor, logits: Tensor) -> float | Tensor:

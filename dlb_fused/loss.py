@@ -4,6 +4,7 @@ last logits."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,13 @@ from dlb_fused.cache import (
     rank_and_world,
 )
 from dlb_fused.checks import (
+    check_distill,
+    check_flag,
     check_ids,
     check_ignore_index,
     check_inplace,
     check_label_smoothing,
+    check_labels_b,
     check_last_logits,
     check_logits,
     check_number,
@@ -32,13 +36,22 @@ from dlb_fused.checks import (
     plain_overlap,
     rows_contiguous,
 )
+from dlb_fused.counts import with_global_counts
+from dlb_fused.sequences import (
+    each_token,
+    flatten_arguments,
+    flatten_sequences,
+    teacher_tokens,
+    token_setting,
+)
+from dlb_fused.soft_targets import compute_soft, hard_labels
 
 
 class DLBParts(NamedTuple):
     """The loss and what it is made of, 0-dim tensors; all but `loss` are detached.
 
-    loss = ce + α·τ²·kl for scalar α and τ. ce_count is the number of valid rows (with `weight` the
-    sum of their weights), kl_count the number of rows that were distilled.
+    loss = ce + α·τ²·kl for scalar α and τ. ce_count is the number of valid rows (with `weight`, but
+    without `labels_b`, the sum of their weights), kl_count the number of rows that were distilled.
     """
 
     loss: Tensor
@@ -63,6 +76,9 @@ def dlb_loss(
     inplace: bool = False,
     backend: str = "auto",
     return_parts: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    distill_ignored: bool = False,
 ) -> Tensor | DLBParts:
     r"""Cross-entropy of all rows + α·τ²·KL(last_logits || logits) at temperature τ on rows [:m].
 
@@ -71,15 +87,20 @@ def dlb_loss(
 
     Args:
         logits: (B, C) float32, bfloat16, float16 or float64; any row stride (a column stride costs
-            a copy).
-        labels: (B,) int64, each in [0, C) or ignore_index.
+            a copy). Of a language model (B, T, C) with labels (B, T): each token is a row (logits
+            that are not contiguous are copied: shift the labels, not the logits).
+        labels: (B,) int64, each in [0, C) or ignore_index. (B, C) floating point: probabilities,
+            as in torch; their cross-entropy is torch's own, in fp32, beside a kernel for the KL: it
+            takes several times as long and several times the memory. ignore_index does not apply.
         last_logits: (m, C), m ≤ B: what the last iteration gave for rows [:m], or a teacher's
-            logits. Not differentiated. None or m = 0: plain cross-entropy. Its dtype may differ
-            from that of logits, but float64 goes with float64.
+            logits; (m, T, C) for logits (B, T, C), token by token. Not differentiated. None or
+            m = 0: plain cross-entropy. Its dtype may differ from that of logits, but float64 goes
+            with float64.
         weight: (C,) class weights of the cross-entropy, as in torch; the KL is not weighted.
         ignore_index: rows with this label have no loss, no KL and a gradient of 0.
         label_smoothing: in [0, 1], of the cross-entropy, as in torch.
-        temperature: τ > 0: a float, a 0-dim tensor, or a tensor (m,) with one value a row.
+        temperature: τ > 0: a float, a 0-dim tensor, or a tensor (m,) with one value a row (or
+            sequence).
         alpha: α ≥ 0, likewise.
         normalizer: (ce_count, kl_count), 0-dim tensors or numbers in place of the number of valid
             rows (or their weight sum) and of distilled rows: for data-parallel training and
@@ -90,6 +111,13 @@ def dlb_loss(
         inplace: write the gradient over logits. They must not be a leaf; one backward only.
         backend: "auto", or a name from `dlb_fused.BACKENDS`; a name runs or raises.
         return_parts: return `DLBParts` in place of the loss.
+        labels_b: (B,) int64, a second label of each row, for mixup and cutmix. The target of row i
+            is then lam of class labels[i] and 1 - lam of class labels_b[i], and the cross-entropy
+            is torch's for probabilities: with `weight`, its denominator is the number of valid
+            rows. A row is ignored if one of its labels is ignore_index. Goes with lam.
+        lam: in [0, 1]: a float, a 0-dim tensor, or a tensor (B,) with one value a row.
+        distill_ignored: rows [:m] that are ignored keep their KL (unlabelled samples); they have no
+            cross-entropy.
 
     Returns:
         0-dim float32 tensor (float64 for float64 logits). It is 0 with gradient 0 where torch gives
@@ -98,8 +126,8 @@ def dlb_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
         IndexError: a label is out of range (CPU). On a GPU the loss and that row's gradient become
-            NaN instead, and likewise for a bad value in a temperature or alpha tensor: to ask
-            would be a host sync.
+            NaN instead, and likewise for a bad value in a temperature, alpha or lam tensor: to
+            ask would be a host sync.
         RuntimeError: the named backend cannot run here (with its reason), or `inplace` would break
             autograd.
 
@@ -117,9 +145,17 @@ def dlb_loss(
         >>> print(f"{loss.item():.4f}")
         0.3390
     """
-    rows = logits
+    soft, rows = None, logits
     m = plain_overlap(logits, labels, last_logits)
     if m < 0:
+        if isinstance(labels, Tensor) and labels.dim() == 2:
+            refuse_second_label(labels, labels_b, lam)
+            if labels.is_floating_point():
+                soft, labels, ignore_index = labels, hard_labels(logits, labels, inplace), -100
+            else:
+                logits, labels, last_logits, temperature, alpha = flatten_arguments(
+                    logits, labels, last_logits, temperature, alpha
+                )
         check_logits(logits, labels)
         rows, labels, m = rows_contiguous(logits), labels.contiguous(), 0
         if last_logits is not None:
@@ -134,8 +170,26 @@ def dlb_loss(
     teacher = (last_logits, m, None, None, None)
     gradient = (need_grad, inplace and need_grad)
     args = LossArgs(*(rows, labels, *teacher, *options, *gradient))
-    loss, out = compute(args, backend)
+    if not (labels_b is lam is None and distill_ignored is False):
+        check_flag("distill_ignored", distill_ignored)
+        second = check_labels_b(logits, labels_b, lam)
+        args = args._replace(**second, distill_ignored=distill_ignored)
+    loss, out = compute(args, backend) if soft is None else compute_soft(args, soft, backend)
     return DLBParts(loss, *out.parts.unbind()) if return_parts else loss
+
+
+#: temperature or alpha: a number, a tensor, or a callable of the number of optimizer steps.
+Setting = float | Tensor | Callable[[int], float | Tensor]
+
+
+class Batch(NamedTuple):
+    """One batch as rows of the loss, and what is known of its samples (rows or sequences)."""
+
+    logits: Tensor  # (rows, C)
+    labels: Tensor  # (rows,) int64
+    ids: Tensor | None  # (B,) int64
+    distill: Tensor | None  # (B,) bool
+    T: int | None  # tokens of a sequence: rows = B·T; None: rows = B
 
 
 class Lesson(NamedTuple):
@@ -148,26 +202,21 @@ class Lesson(NamedTuple):
     last_valid: Tensor | None
     fresh: int
     pair: CachePair | None = None
-
-
-def row_setting(value: float | Tensor, lesson: Lesson, overlap: int | None) -> float | Tensor:
-    """temperature or alpha for the rows that are taught: of one value a row, those of them."""
-    if not isinstance(value, Tensor) or value.dim() != 1:
-        return value
-    if lesson.overlap == 0:
-        return 1.0  # nobody reads it
-    return value[: lesson.overlap] if value.shape[0] == overlap else value
+    # () int64: rows that teacher_rows leaves out, and that are skipped and not mismatched
+    skipped: Tensor | None = None
 
 
 NO_LESSON = Lesson(None, 0, None, None, None, 0)
 
 
 class ChainStats(NamedTuple):
-    """Overlap rows since the start or the last `reset()`, as numbers."""
+    """Overlap rows (tokens, of sequences) since the start or the last `reset()`, as numbers."""
 
     matched: int  # distilled
     mismatched: int  # another sample than the cached row, found by the guard or by ids
-    skipped: int  # teacher not finite, label ignored, or a right row in a step that was dropped
+    # teacher not finite or dropped with its cache, label ignored (padding among them), masked by
+    # distill, or a right row in a step that was dropped
+    skipped: int
 
 
 class DLBLoss(nn.Module):
@@ -182,16 +231,35 @@ class DLBLoss(nn.Module):
     Args:
         temperature, alpha, weight, ignore_index, label_smoothing, normalizer, grad_scale, inplace,
             backend: as for `dlb_loss`; temperature and alpha may be given anew for each call.
+        temperature, alpha: also a callable of the number of optimizer steps so far (committed
+            training calls // lag; it outlives `reset()` and travels in the state), called at each
+            step. Under torch.compile and in CUDA graphs use a 0-dim tensor, and `fill_` it.
+        normalizer: also "global": the counts of all ranks of the default process group, divided by
+            their number, so that the mean of gradients that DDP takes is the gradient of the mean
+            over all rows, however unequal the ranks' shares. One all_reduce of two numbers in each
+            training call, which every rank must make (with an empty batch if need be); none in
+            other calls, where it is None, as it is without a process group. `parts` then have a
+            rank's share, whose mean over the ranks is the value over all rows.
         keep: "copy" (the kernel copies the fresh rows) or "view" (a reference to the logits: no
             copy, but they must not be written to, and the whole batch of logits stays in memory for
             a step).
         lag: the overlap repeats the batch `lag` calls ago: micro-batches of an optimizer step under
             accumulation.
+        distill_ignored: as for `dlb_loss`; such a row also teaches.
         capturable: static buffers whose roles are decided on the device, for CUDA graphs: every
             batch then has n fresh rows and an overlap of n (or none). Two forwards before the first
             backward are refused by autograd.
 
     The cache travels in `state_dict()`, not in buffers (data-parallel wrappers overwrite those).
+
+    Language models: logits (B, T, C) with labels (B, T). The overlap is whole sequences; the k-th
+    valid token (label not ignore_index) of a sequence is taught by the k-th valid token of the
+    cached one, so padding may differ. A sequence with another number of valid tokens, or another
+    label among them, is another sequence to the guard, also with ids (then it alone loses its KL).
+
+    Labels that are probabilities: the guard compares their largest classes, so both appearances of
+    a sample must have the same one. Mixed targets drawn anew have not: keep partner and ratio for
+    the second appearance, or mask those rows with `distill`.
 
     Example:
         >>> criterion = DLBLoss(temperature=3.0, alpha=1.0)
@@ -205,19 +273,20 @@ class DLBLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float | Tensor = 3.0,
-        alpha: float | Tensor = 1.0,
+        temperature: Setting = 3.0,
+        alpha: Setting = 1.0,
         *,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
-        normalizer: tuple[Tensor | float, Tensor | float] | None = None,
+        normalizer: tuple[Tensor | float, Tensor | float] | str | None = None,
         grad_scale: float | Tensor | None = None,
         inplace: bool = False,
         backend: str = "auto",
         keep: str = "copy",
         lag: int = 1,
         capturable: bool = False,
+        distill_ignored: bool = False,
     ) -> None:
         super().__init__()
         if keep not in ("copy", "view"):
@@ -226,12 +295,26 @@ class DLBLoss(nn.Module):
             raise ValueError(f"lag must be an int >= 1, got {lag!r}")
         if inplace and keep == "view":
             raise ValueError("inplace=True overwrites the logits that keep='view' would keep")
-        if capturable and (keep == "view" or lag > 1):
-            raise ValueError("capturable=True needs keep='copy' and lag=1")
+        if isinstance(normalizer, str) and normalizer != "global":
+            raise ValueError(
+                f"normalizer must be None, 'global' or a pair (ce_count, kl_count), "
+                f"got {normalizer!r}"
+            )
+        if capturable and (keep == "view" or lag > 1 or normalizer == "global"):
+            raise ValueError(
+                "capturable=True needs keep='copy' and lag=1, and cannot count for "
+                "normalizer='global'"
+            )
         if backend != "auto":
             backends.load(backend)
         for name, value in (("temperature", temperature), ("alpha", alpha)):
-            if not isinstance(value, Tensor):
+            if callable(value):
+                if capturable:
+                    raise ValueError(
+                        f"capturable=True replays the {name} it has captured, not a callable: "
+                        "use a 0-dim tensor and fill_ it"
+                    )
+            elif not isinstance(value, Tensor):
                 check_number(name, value)
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
@@ -244,10 +327,13 @@ class DLBLoss(nn.Module):
         self.normalizer, self.grad_scale = normalizer, grad_scale
         self.inplace, self.backend = inplace, backend
         self.keep, self.lag, self.capturable = keep, lag, capturable
+        check_flag("distill_ignored", distill_ignored)
+        self.distill_ignored = distill_ignored
         self._caches: list[Cache | None] = []  # oldest first, at most `lag` of them
         self._pending: list[Cache | None] = []  # of a call with commit=False
         self._pair: CachePair | None = None  # in place of _caches if capturable
         self._written_by: tuple[int, int] | None = None  # rank and world of a loaded state
+        self._calls = [0]  # committed training calls; in a list: nn.Module sets attributes slowly
         self._last: list[Tensor] = []  # loss and parts of the last call
         self._stats: Tensor | None = None
         self._watch = ChainWatch()
@@ -259,71 +345,133 @@ class DLBLoss(nn.Module):
         ids: Tensor | None = None,
         *,
         overlap: int | None = None,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
+        distill: Tensor | None = None,
         temperature: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
-        commit: bool = True,
+        commit: bool | None = True,
     ) -> Tensor:
         """The loss of one batch, a 0-dim tensor.
 
         Args:
-            logits: (B, C). labels: (B,) int64.
-            ids: (B,) int64, which sample each row is. With them (in this call and the last) rows
-                are matched inside [:m]: permuted or missing rows are fine, and only rows without a
-                partner lose their KL.
+            logits: (B, C), or (B, T, C) of a language model.
+            labels: (B,) int64; (B, C) probabilities; (B, T) int64 for logits (B, T, C).
+            ids: (B,) int64, which sample each row (or sequence) is. With them (in this call and the
+                last) rows are matched inside [:m]: permuted or missing rows are fine, and only rows
+                without a partner lose their KL.
             overlap: m, if it is not the number of cached rows. Without it, a batch that is no
                 larger than the cache is taken whole into the next cache.
-            commit: False keeps the fresh rows pending until `commit()`.
+            labels_b, lam: as for `dlb_loss`. The guard compares `labels` alone.
+            distill: (B,) bool. Rows that are False neither learn from the cache nor teach later
+                (the gate for mixed rows); `stats()` counts them as skipped.
+            temperature, alpha: in place of those of the constructor.
+            commit: False keeps the fresh rows pending until `commit()`; None leaves no trace of the
+                call. A two-pass optimizer (SAM) passes False in the first pass and None in the
+                second, and calls `commit()` after its update.
 
         Raises:
             ValueError: the batch is smaller than its overlap, or a wrong shape; see `dlb_loss` for
                 the others.
         """
+        samples, soft, T = logits, None, None
+        if isinstance(labels, Tensor) and labels.dim() == 2:
+            refuse_second_label(labels, labels_b, lam)
+            if labels.is_floating_point():
+                soft, labels = labels, hard_labels(logits, labels, self.inplace)
+            else:
+                if self.distill_ignored:
+                    raise ValueError("distill_ignored=True takes logits (B, C), got (B, T, C)")
+                logits, labels = flatten_sequences(logits, labels)
+                T = samples.shape[1]
         check_logits(logits, labels)
         if ids is not None:
-            check_ids(ids, logits)
-        training = self.training and torch.is_grad_enabled() and logits.requires_grad
+            check_ids(ids, samples)
+        if distill is not None:
+            check_distill(distill, samples)
+        batch = Batch(logits, labels, ids, distill, T)
+        need_grad = logits.requires_grad and torch.is_grad_enabled()
+        training = self.training and need_grad
         if self.training:
             refuse_export()
         lesson = NO_LESSON
         if training:
             refuse_recomputation()
             self._refuse_commit(commit)
-            lesson = self._lesson(logits, ids, overlap)
+            lesson = self._lesson(batch, overlap)
+            if commit is None:
+                lesson = lesson._replace(fresh=0)
+        tau = self.temperature if temperature is None else temperature
+        if type(tau) is not float:
+            tau = self._setting("temperature", tau, batch, lesson, overlap)
+        kl_weight = self.alpha if alpha is None else alpha
+        if type(kl_weight) is not float:
+            kl_weight = self._setting("alpha", kl_weight, batch, lesson, overlap)
+        is_global = self.normalizer == "global"
         options = check_options(
             logits,
             lesson.overlap,
             self.weight,
-            self.ignore_index,
+            self.ignore_index if soft is None else -100,
             self.label_smoothing,
-            row_setting(self.temperature if temperature is None else temperature, lesson, overlap),
-            row_setting(self.alpha if alpha is None else alpha, lesson, overlap),
-            self.normalizer,
+            tau,
+            kl_weight,
+            None if is_global else self.normalizer,  # type: ignore[arg-type]
             self.grad_scale,
         )
         rows = rows_contiguous(logits)
-        need_grad = logits.requires_grad and torch.is_grad_enabled()
-        if self.inplace and need_grad:
+        inplace = self.inplace and need_grad
+        if inplace:
             check_inplace(logits, rows, lesson.last_logits, options[-1])
-        gradient = (need_grad, self.inplace and need_grad)
-        keep = (lesson.fresh, self.keep == "copy", self._stats if training else None, lesson.pair)
+        gradient = (need_grad, inplace)
+        remember = training and commit is not None
+        keep = (lesson.fresh, self.keep == "copy", self._stats if remember else None, lesson.pair)
         args = LossArgs(*(rows, labels.contiguous(), *lesson[:5], *options, *gradient, *keep))
-        loss, out = compute(args, self.backend)
+        if not (labels_b is lam is None and self.distill_ignored is False):
+            second = check_labels_b(logits, labels_b, lam)
+            args = args._replace(**second, distill_ignored=self.distill_ignored)
+        if is_global and training:
+            args = with_global_counts(args, soft is not None)
+        if soft is None:
+            loss, out = compute(args, self.backend)
+        else:
+            loss, out = compute_soft(args, soft, self.backend)
         self._last[:] = loss.detach(), out.parts
-        if training:
-            self._remember(out, logits, ids, lesson, commit)
+        if remember:
+            self._remember(out, batch, lesson, commit)
         return loss
 
-    def _lesson(self, logits: Tensor, ids: Tensor | None, overlap: int | None) -> Lesson:
+    def _setting(
+        self, name: str, value: Setting, batch: Batch, lesson: Lesson, overlap: int | None
+    ) -> float | Tensor:
+        """temperature or alpha of this step; of one value a row, those of the taught rows."""
+        if callable(value):
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"{name} is a callable, which torch.compile would call once and never again: "
+                    "use a 0-dim tensor and fill_ it before each step"
+                )
+            value = value(self._calls[0] // self.lag)
+        if not isinstance(value, Tensor) or value.dim() != 1:
+            return value
+        if lesson.overlap == 0:
+            return 1.0  # nobody reads it
+        m = lesson.overlap if batch.T is None else lesson.overlap // batch.T
+        value = value[:m] if value.shape[0] == overlap else value
+        return value if batch.T is None else token_setting(name, value, m, batch.T)
+
+    def _lesson(self, batch: Batch, overlap: int | None) -> Lesson:
         """Which rows are taught by which of the cache, and how many are fresh."""
+        logits, _, ids, distill, T = batch
         if self._stats is None or self._stats.device != logits.device:
             self._stats = torch.zeros(3, dtype=torch.int64, device=logits.device)
-        B = logits.shape[0]
+        B = logits.shape[0] if T is None else logits.shape[0] // T
         if overlap is not None and not (type(overlap) is int and 0 <= overlap <= B):
             raise ValueError(f"overlap must be an int from 0 to {B}, got {overlap!r}")
         if self.capturable:
-            return self._static_lesson(logits, ids, overlap)
+            return self._static_lesson(batch, overlap)
         refuse_capture(logits)
-        cache = self._teacher(logits)
+        cache = self._teacher(batch, B)
         if self.keep == "view" and torch.compiler.is_compiling():
             raise RuntimeError("keep='view' cannot be used under torch.compile: use keep='copy'")
         m = overlap if overlap is not None else (0 if cache is None else cache.labels.shape[0])
@@ -335,46 +483,80 @@ class DLBLoss(nn.Module):
             )
         # A batch without fresh rows of its own begins a chain, or repeats the last one whole.
         fresh = B if overlap is None and m == B else B - m
+        if T is not None:
+            fresh *= T
         if cache is None or m == 0:
             return Lesson(None, 0, None, None, None, fresh)
+        if T is not None:
+            return self._token_lesson(batch, cache, m, fresh, T)
         if ids is not None and cache.ids is not None:
-            teacher_rows = match_rows(ids[:m], cache.ids)
-            return Lesson(cache.logits, m, teacher_rows, None, cache.valid, fresh)
-        last_logits, rows = cache.logits, cache.labels.shape[0]
+            teacher_rows, skipped = match_rows(ids[:m], cache.ids), None
+            if distill is not None:
+                teacher_rows = torch.where(distill[:m], teacher_rows, -1)
+                skipped = (~distill[:m]).sum()
+            return Lesson(cache.logits, m, teacher_rows, None, cache.valid, fresh, None, skipped)
+        last_logits, rows, valid = cache.logits, cache.labels.shape[0], cache.valid
         if m < rows:
             last_logits = last_logits[:m]
-        return Lesson(last_logits, min(m, rows), None, cache.labels, cache.valid, fresh)
+        m = min(m, rows)
+        if distill is not None:
+            valid = valid[:m] * distill[:m]
+        return Lesson(last_logits, m, None, cache.labels, valid, fresh)
 
-    def _teacher(self, logits: Tensor) -> Cache | None:
-        """The cache of `lag` calls ago, if it can teach these logits; else it is dropped with a
+    def _token_lesson(self, batch: Batch, cache: Cache, m: int, fresh: int, T: int) -> Lesson:
+        """The same for the first m sequences."""
+        sequences = None
+        if batch.ids is not None and cache.ids is not None:
+            sequences = match_rows(batch.ids[:m], cache.ids)
+        else:
+            m = min(m, cache.labels.shape[0])
+        teacher_rows, skipped = teacher_tokens(
+            batch.labels.view(-1, T)[:m],
+            cache.labels,
+            sequences,
+            self.ignore_index,
+            None if batch.distill is None else batch.distill[:m],
+        )
+        return Lesson(cache.logits, m * T, teacher_rows, None, cache.valid, fresh, None, skipped)
+
+    def _teacher(self, batch: Batch, B: int) -> Cache | None:
+        """The cache of `lag` calls ago, if it can teach this batch; else it is dropped with a
         warning."""
         if self._written_by is not None:
             rank, world = self._written_by
             if (rank, world) != rank_and_world():
                 self._drop(f"it was written by rank {rank} of {world}")
             self._written_by = None
-            if any(c is not None and c.labels.shape[0] > logits.shape[0] for c in self._caches):
-                self._drop(f"it has more rows than the {logits.shape[0]} of this batch")
+            if any(c is not None and c.labels.shape[0] > B for c in self._caches):
+                self._drop(f"it has more rows than the {B} of this batch")
         cache = self._caches[0] if len(self._caches) == self.lag else None
         if cache is None:
             return None
+        logits = batch.logits
         if cache.logits.shape[1] != logits.shape[1]:
             self._drop(f"it has {cache.logits.shape[1]} classes, logits have {logits.shape[1]}")
+            return None
+        if (cache.labels.dim() == 1) != (batch.T is None):
+            forms = "(B, C)", "(B, T, C)"
+            was, now = forms if batch.T is not None else forms[::-1]
+            self._drop(f"it is of logits {was}, these are {now}")
             return None
         cache.check_version()
         return cache.on(logits)
 
     def _drop(self, why: str) -> None:
+        if self._stats is not None:
+            self._stats[2] += sum(c.labels.numel() for c in self._caches if c is not None)
         self._caches.clear()
         if torch.compiler.is_compiling():  # which cannot trace a warning
             return
         warnings.warn(f"DLBLoss drops its cache: {why}", RuntimeWarning, stacklevel=7)
 
-    def _static_lesson(self, logits: Tensor, ids: Tensor | None, overlap: int | None) -> Lesson:
-        refuse_pair(self.backend, logits, ids)
-        B, C = logits.shape
+    def _static_lesson(self, batch: Batch, overlap: int | None) -> Lesson:
+        refuse_pair(self.backend, batch)
+        B, C = batch.logits.shape
         if self._pair is None:
-            self._pair = self._new_pair(logits, B - (overlap or 0))
+            self._pair = self._new_pair(batch, B - (overlap or 0))
         _, rows, classes = self._pair.logits.shape
         m = overlap if overlap is not None else (rows if B == 2 * rows else 0)
         if classes != C or B - m != rows or m not in (0, rows):
@@ -384,9 +566,10 @@ class DLBLoss(nn.Module):
             )
         return Lesson(None, m, None, None, None, rows, self._pair)
 
-    def _new_pair(self, logits: Tensor, rows: int) -> CachePair:
+    def _new_pair(self, batch: Batch, rows: int) -> CachePair:
         """Two empty slots; slot 0 holds the cache of a loaded state, if there is one that fits."""
-        cache = self._teacher(logits)
+        logits = batch.logits
+        cache = self._teacher(batch, len(logits))
         rows = rows if cache is None else len(cache.labels)
         new = logits.new_zeros
         pair = CachePair(
@@ -401,37 +584,47 @@ class DLBLoss(nn.Module):
         return pair
 
     def _remember(
-        self,
-        out: LossOutputs,
-        logits: Tensor,
-        ids: Tensor | None,
-        lesson: Lesson,
-        commit: bool,
+        self, out: LossOutputs, batch: Batch, lesson: Lesson, commit: bool | None
     ) -> None:
-        if not self.capturable:
-            self._pending[:] = [self._new_cache(out, logits, ids, lesson.fresh)]
+        if self.capturable:
+            self._calls[0] += 1
+        else:
+            self._pending[:] = [self._new_cache(out, batch, lesson.fresh)]
             if commit:
                 self.commit()
+        if lesson.skipped is not None and self._stats is not None:
+            self._stats[1:] += torch.stack((-lesson.skipped, lesson.skipped))
         if not torch.compiler.is_compiling() and self._stats is not None:
-            self._watch.look(self._stats, lesson.teacher_rows is not None)
+            by_ids = batch.ids is not None and lesson.teacher_rows is not None
+            self._watch.look(self._stats, by_ids)
 
-    def _new_cache(
-        self, out: LossOutputs, logits: Tensor, ids: Tensor | None, fresh: int
-    ) -> Cache | None:
+    def _new_cache(self, out: LossOutputs, batch: Batch, fresh: int) -> Cache | None:
         *_, kept, labels, valid = out
         if labels is None or valid is None:  # no fresh row
             return None
-        ids = None if ids is None else ids[-fresh:].clone()
+        _, _, ids, distill, T = batch
+        n = fresh if T is None else fresh // T
+        if T is not None:
+            labels = labels.view(n, T)
+        if distill is not None:
+            may_teach = distill[-n:]
+            valid = valid * (may_teach if T is None else each_token(may_teach, T))
+        ids = None if ids is None else ids[-n:].clone()
         if kept is not None:
             return Cache(kept, labels, valid, ids, None)
-        view = rows_contiguous(logits.detach())[-fresh:]
+        view = rows_contiguous(batch.logits.detach())[-fresh:]
         version = None if torch.compiler.is_compiling() else view._version
         return Cache(view, labels, valid, ids, version)
 
     def commit(self) -> None:
-        """Makes the fresh rows of the last call with commit=False the newest of the cache."""
+        """Makes the fresh rows of the last call with commit=False the newest of the cache, and
+        counts that call as a step of the schedules."""
+        if not self._pending:
+            return
         self._caches[:] = [*self._caches, *self._pending][-self.lag :]
         self._pending.clear()
+        if not torch.compiler.is_compiling():  # it would compile anew for each number
+            self._calls[0] += 1
 
     @property
     def parts(self) -> DLBParts:
@@ -461,9 +654,9 @@ class DLBLoss(nn.Module):
             torch.autograd.graph.increment_version(self._pair.logits)
         self._watch = ChainWatch(self._watch.warned)
 
-    def _refuse_commit(self, commit: bool) -> None:
+    def _refuse_commit(self, commit: bool | None) -> None:
         if not commit and (self.capturable or self.lag > 1):
-            raise ValueError("commit=False needs lag=1 and capturable=False")
+            raise ValueError(f"commit={commit} needs lag=1 and capturable=False")
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles own their cache."""
@@ -478,11 +671,19 @@ class DLBLoss(nn.Module):
             caches = [Cache(logits, labels, valid, None, None) if valid.any() else None]
         rank, world = rank_and_world()
         states = [None if cache is None else cache.state() for cache in caches]
-        return {"format": FORMAT, "lag": self.lag, "rank": rank, "world": world, "caches": states}
+        return {
+            "format": FORMAT,
+            "lag": self.lag,
+            "rank": rank,
+            "world": world,
+            "calls": self._calls[0],
+            "caches": states,
+        }
 
     def set_extra_state(self, state: Any) -> None:
         caches = caches_from_state(state)
         self.reset()
+        self._calls[0] = state.get("calls", 0) * self.lag // state["lag"]
         if state["lag"] != self.lag:
             self._drop(f"it was written with lag={state['lag']}, this is lag={self.lag}")
             return
@@ -511,6 +712,15 @@ def refuse_recomputation() -> None:
         )
 
 
+def refuse_second_label(
+    labels: Tensor, labels_b: Tensor | None, lam: float | Tensor | None
+) -> None:
+    if not labels_b is lam is None:
+        raise ValueError(
+            f"labels_b and lam go with labels of shape (B,), got labels {tuple(labels.shape)}"
+        )
+
+
 def refuse_capture(logits: Tensor) -> None:
     if torch.compiler.is_compiling() or not logits.is_cuda:
         return
@@ -518,9 +728,14 @@ def refuse_capture(logits: Tensor) -> None:
         raise RuntimeError("to capture DLBLoss in a CUDA graph, make it with capturable=True")
 
 
-def refuse_pair(backend: str, logits: Tensor, ids: Tensor | None) -> None:
-    if ids is not None:
+def refuse_pair(backend: str, batch: Batch) -> None:
+    logits = batch.logits
+    if batch.ids is not None:
         raise ValueError("capturable=True compares labels and takes no ids")
+    if batch.distill is not None:
+        raise ValueError("capturable=True keeps the validity of rows by itself, without distill")
+    if batch.T is not None:
+        raise ValueError("capturable=True takes logits (B, C), got (B, T, C)")
     if torch.compiler.is_compiling():
         raise RuntimeError("capturable=True is for CUDA graphs in eager mode, not torch.compile")
     if not backends.has_pair(backends.choose(backend, logits)):

@@ -106,5 +106,4 @@ def _call(
         return
     if bad_row == _kernel.NO_MEMORY:
         raise MemoryError("dlb_loss: no memory for the working buffers of the CPU kernel")
-    label, C = int(args.labels[bad_row]), args.logits.shape[1]
-    raise IndexError(label_out_of_range(bad_row, label, C, args.ignore_index))
+    raise IndexError(label_out_of_range(args, bad_row))

@@ -4,22 +4,25 @@
 `forward` and `backward` are the closed form in the contract that every kernel obeys
 (`backends.py`): the specification, and the backend `eager`. Kernels cite the equations by number.
 
-With z = logits, z' = last_logits, y = labels, ε = label_smoothing, w = weight (or 1), rows i < B,
-classes c < C, x = z - max z and u = z' - max z':
+With z = logits, z' = last_logits, a = labels, b = labels_b, λ = lam (without labels_b: b = a), ε =
+label_smoothing, w = weight (or 1), rows i < B, classes c < C, x = z - max z and u = z' - max z':
 
-    (1) S_i = Σ_c exp(x_c)         other_i = Σ_{c≠y} exp(x_c)       nll_c = log S_i - x_c
-    (2) t_c = (1-ε) w_y [c=y] + ε w_c / C                           A_i = Σ_c t_c
+    (1) S_i = Σ_c exp(x_c)         other_c = Σ_{j≠c} exp(x_j)       nll_c = log S_i - x_c
+    (2) t_c = (1-ε) w_c (λ [c=a] + (1-λ) [c=b]) + ε w_c / C         A_i = Σ_c t_c
         ce_i = Σ_c t_c nll_c                                        ce = Σ_valid ce_i / ce_count
     (3) q = softmax(z'/τ) = exp(u/τ) / T_i                       s = softmax(z/τ) = exp(x/τ) / St_i
         kl_i = Σ_c q_c (u_c - x_c) / τ + log(St_i / T_i)            kl = Σ_taught kl_i / kl_count
     (4) loss = ce + Σ_taught α τ² kl_i / kl_count
-    (5) dce_c = A p_c - t_c for c ≠ y,  (A - t_y) p_y - t_y other / S for c = y      p = softmax(z)
+    (5) dce_c = A p_c - t_c,  for c = a and c = b: (A - t_c) p_c - t_c other_c / S   p = softmax(z)
     (6) dz_c = dloss ( dce_c / ce_count + [i taught] α τ (s_c - q_c) / kl_count )
 
-A row is valid if its label is not ignore_index. An overlap row i < m is taught if it is valid, has
-a teacher row, that row is valid in the cache, and the guard found no difference. A class with z' =
--inf has weight 0 in (3), by selection. The inverse of a count of 0 is 0. In (5) the label's term
-avoids p_y - 1, which has no digits left for a confident row.
+A row is valid if none of its labels is ignore_index; ce_count is the sum of w_a over the valid
+rows, but with labels_b their number. An overlap row i < m is taught if it is valid (or
+distill_ignored), has a teacher row, that row is valid in the cache, and the guard found no
+difference. A class with t_c = 0 in (2), or with z' = -inf in (3), has no term there, by selection.
+The inverse of a count of 0 is 0. In (5) the labels' terms avoid p_c - 1, which has no digits left
+for a confident row. Kernels leave one class out of their sums: of two labels the likelier one, so
+that for the other one S - exp(x_c) loses one bit at most.
 """
 
 from __future__ import annotations
@@ -108,9 +111,10 @@ class _Rows(NamedTuple):
     """What is known of the rows before any class is summed; m = overlap."""
 
     z: Tensor  # (B, C) real
-    labels: Tensor  # (B,) int64, 0 where not valid
+    labels: tuple[Tensor, ...]  # one or two of (B,) int64, 0 where not valid
+    shares: tuple[Tensor, ...]  # for each: λ or 1-λ, real, () or (B,)
     valid: Tensor  # (B,) bool
-    bad: Tensor  # (B,) bool: label out of range (only on a GPU: the CPU raises)
+    bad: Tensor  # (B,) bool: label or λ out of range (only on a GPU: the CPU raises)
     taught: Tensor  # (m,) bool
     teacher: Tensor  # (m, C) real, z' of row i; anything where not taught
     temperature: Tensor  # (m,) or (), real
@@ -121,35 +125,71 @@ class _Rows(NamedTuple):
 def _rows(args: LossArgs) -> _Rows:
     z = args.logits.detach()
     real = torch.float64 if z.dtype == torch.float64 else torch.float32
-    m, C = args.overlap, z.shape[1]
-    valid = args.labels != args.ignore_index
-    bad = valid & ((args.labels < 0) | (args.labels >= C))
-    if z.device.type == "cpu" and bad.any():
-        i = int(bad.nonzero()[0])
-        raise IndexError(label_out_of_range(i, int(args.labels[i]), C, args.ignore_index))
-    labels = torch.where(valid & ~bad, args.labels, 0)
+    m = args.overlap
+    valid = _valid(args)
+    labels, shares, bad = _labels(args, valid, real)
     taught, mismatched, teacher_rows = _taught(args, valid)
-    teacher = z.new_empty(0, C) if args.last_logits is None else args.last_logits.detach()
+    teacher = z.new_empty(0, z.shape[1]) if args.last_logits is None else args.last_logits.detach()
     teacher = teacher[:m] if teacher_rows is None else teacher[teacher_rows]
     matched = taught.sum()
     return _Rows(
         z.to(real),
         labels,
+        shares,
         valid,
         bad,
         taught,
         teacher.to(real),
-        torch.as_tensor(args.temperature, dtype=real, device=z.device),
-        torch.as_tensor(args.alpha, dtype=real, device=z.device),
+        _as_tensor(args.temperature, z, real),
+        _as_tensor(args.alpha, z, real),
         (matched, mismatched, m - matched - mismatched),
     )
 
 
-def label_out_of_range(row: int, label: int, C: int, ignore_index: int) -> str:
-    """The sentence that every backend on the CPU raises as IndexError."""
+def _valid(args: LossArgs) -> Tensor:
+    """(B,) bool"""
+    valid = args.labels != args.ignore_index
+    if args.labels_b is None:
+        return valid
+    return valid & (args.labels_b != args.ignore_index)
+
+
+def _as_tensor(value: float | Tensor, z: Tensor, real: torch.dtype) -> Tensor:
+    """A number is filled in on the device: to copy it there, the host would wait."""
+    return value if isinstance(value, Tensor) else z.new_full((), value, dtype=real)
+
+
+def _labels(
+    args: LossArgs, valid: Tensor, real: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """labels, shares and bad of `_Rows`. Of two equal labels the first one has all of the share."""
+    labels, C = args.labels, args.logits.shape[1]
+    bad = valid & ((labels < 0) | (labels >= C))
+    b, one = args.labels_b, torch.ones((), dtype=real, device=labels.device)
+    if b is not None:
+        bad = bad | (valid & ((b < 0) | (b >= C)))
+    if labels.device.type == "cpu" and bad.any():
+        raise IndexError(label_out_of_range(args, int(bad.nonzero()[0])))
+    known = valid & ~bad
+    labels = torch.where(known, labels, 0)
+    if b is None:
+        return (labels,), (one,), bad
+    b = torch.where(known, b, 0)
+    lam = _as_tensor(args.lam, args.logits, real)
+    bad = bad | (valid & ~((lam >= 0) & (lam <= 1)))
+    lam = torch.where(labels == b, one, lam)
+    return (labels, b), (lam, 1 - lam), bad
+
+
+def label_out_of_range(args: LossArgs, row: int) -> str:
+    """The sentence that every backend on the CPU raises as IndexError; one of the row's labels is
+    out of range."""
+    C, label, name = args.logits.shape[1], int(args.labels[row]), "labels"
+    if args.labels_b is not None and 0 <= label < C:
+        label, name = int(args.labels_b[row]), "labels_b"
     return (
-        f"labels[{row}] is {label}, but logits have {C} classes "
-        f"(valid: 0 to {C - 1}, or ignore_index={ignore_index})"
+        f"{name}[{row}] is {label}, but logits have {C} classes "
+        f"(valid: 0 to {C - 1}, or ignore_index={args.ignore_index})"
     )
 
 
@@ -170,14 +210,17 @@ def _taught(args: LossArgs, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
         differs = taught & (args.last_labels[:m] != args.labels[:m])
         mismatched = differs.sum()
         taught = taught & ~differs.any()
-    return taught & valid[:m], mismatched, teacher_rows
+    if not args.distill_ignored:
+        taught = taught & valid[:m]
+    return taught, mismatched, teacher_rows
 
 
 def _counts(args: LossArgs, rows: _Rows) -> tuple[Tensor, Tensor]:
     """ce_count and kl_count, real: the two denominators."""
     ce_count, kl_count = args.ce_count, args.kl_count
     if ce_count is None:
-        w = 1 if args.weight is None else args.weight[rows.labels]
+        weighted = args.weight is not None and args.labels_b is None
+        w = args.weight[rows.labels[0]] if weighted else 1  # type: ignore[index]
         ce_count = (w * rows.valid).sum(dtype=rows.z.dtype)
     taught = rows.taught.sum(dtype=rows.z.dtype)
     if kl_count is None:
@@ -187,13 +230,24 @@ def _counts(args: LossArgs, rows: _Rows) -> tuple[Tensor, Tensor]:
     return ce_count, kl_count
 
 
+def count_rows(args: LossArgs) -> tuple[Tensor, Tensor]:
+    """The same for one batch by itself, with no look at its logits."""
+    real = torch.float64 if args.logits.dtype == torch.float64 else torch.float32
+    valid = _valid(args)
+    taught, *_ = _taught(args, valid)
+    weights = valid
+    if args.weight is not None and args.labels_b is None:
+        in_range = valid & (args.labels >= 0) & (args.labels < args.logits.shape[1])
+        weights = args.weight[torch.where(in_range, args.labels, 0)] * valid
+    return weights.sum(dtype=real), taught.sum(dtype=real)
+
+
 class _Sums(NamedTuple):
     """Exponentials and their sums, of (1) and (3)"""
 
     x: Tensor  # (B, C)
     e: Tensor  # (B, C) exp(x)
     S: Tensor  # (B, 1)
-    other: Tensor  # (B, 1)
     u: Tensor  # (m, C)
     e_student: Tensor  # (m, C) exp(x/τ)
     St: Tensor  # (m, 1)
@@ -204,39 +258,49 @@ class _Sums(NamedTuple):
 def _sums(args: LossArgs, rows: _Rows) -> _Sums:
     x = rows.z - rows.z.amax(1, keepdim=True)
     e = x.exp()
-    other = e.scatter(1, rows.labels[:, None], 0).sum(1, keepdim=True)
     tau = rows.temperature.expand(args.overlap)[:, None]
     u = rows.teacher - rows.teacher.amax(1, keepdim=True)
     e_student, e_teacher = (x[: args.overlap] / tau).exp(), (u / tau).exp()
     S, St, T = (v.sum(1, keepdim=True) for v in (e, e_student, e_teacher))
-    return _Sums(x, e, S, other, u, e_student, St, e_teacher, T)
+    return _Sums(x, e, S, u, e_student, St, e_teacher, T)
 
 
-def _target(args: LossArgs, rows: _Rows) -> tuple[Tensor, Tensor, Tensor | float]:
-    """(B,) t_y and A - t_y, and the smoothing part ε w_c / C of t_c for every class, of (2)."""
-    C, eps = rows.z.shape[1], args.label_smoothing
-    if args.weight is None:
-        t_y = torch.full_like(rows.z[:, 0], 1 - eps + eps / C)
-        return t_y, torch.full_like(t_y, eps * (C - 1) / C), eps / C
-    w_y = args.weight[rows.labels]
-    return (
-        (1 - eps + eps / C) * w_y,
-        eps / C * (args.weight.sum() - w_y),
-        eps / C * args.weight,
-    )
+class _Label(NamedTuple):
+    """One of the labels c of each row, all (B, 1), and what (2) says of it."""
+
+    c: Tensor
+    hard: Tensor  # t_c without the smoothing part
+    t: Tensor
+    rest: Tensor  # A - t_c
+
+
+def _target(args: LossArgs, rows: _Rows) -> tuple[Tensor, list[_Label], Tensor]:
+    """(B, 1) A; the labels, the first one last, since of two equal ones it has the share; and the
+    smoothing part ε w_c / C of t_c, (C,)."""
+    C = rows.z.shape[1]
+    weight = rows.z.new_ones(C) if args.weight is None else args.weight
+    smooth = args.label_smoothing / C * weight
+    hard = [
+        ((1 - args.label_smoothing) * share * weight[y])[:, None]
+        for y, share in zip(rows.labels, rows.shares, strict=True)
+    ]
+    labels = []
+    for y, own in zip(rows.labels, hard, strict=True):
+        rest = sum((h for h in hard if h is not own), smooth.sum() - smooth[y, None])
+        labels.append(_Label(y[:, None], own, own + smooth[y, None], rest))
+    return labels[0].t + labels[0].rest, labels[::-1], smooth
 
 
 def _row_losses(args: LossArgs, rows: _Rows, sums: _Sums) -> tuple[Tensor, Tensor]:
     """(B,) ce_i of (2) and (m,) kl_i of (3); 0 where a row has none."""
-    x, log_s = sums.x, sums.S[:, 0].log()
-    t_y, rest, smooth = _target(args, rows)
-    x_y = x.gather(1, rows.labels[:, None])[:, 0]
-    ce = (t_y + rest) * log_s - torch.where(t_y == 0, 0, t_y * x_y)
+    x = sums.x
+    A, labels, smooth = _target(args, rows)
+    ce = A * sums.S.log()
+    for label in labels:
+        ce -= torch.where(label.hard == 0, 0, label.hard * x.gather(1, label.c))
     if args.label_smoothing > 0:
-        others = torch.zeros_like(x) + smooth
-        others.scatter_(1, rows.labels[:, None], 0)
-        ce = ce - torch.where(others == 0, 0, others * x).sum(1)
-    ce = torch.where(rows.bad, torch.nan, torch.where(rows.valid, ce, 0))
+        ce -= torch.where(smooth == 0, 0, smooth * x).sum(1, keepdim=True)
+    ce = torch.where(rows.bad, torch.nan, torch.where(rows.valid, ce[:, 0], 0))
 
     m = args.overlap
     # A class that the student rules out and the teacher does not costs +inf, also where its weight
@@ -265,12 +329,13 @@ def _gradient(
     scale: float | Tensor,
 ) -> Tensor:
     """(B, C) like logits: equation (6). A count of 0 leaves 0, whatever the row holds."""
-    y = rows.labels[:, None]
-    t_y, rest, smooth = _target(args, rows)
-    t_y, rest = t_y[:, None], rest[:, None]
-    label_term = rest * sums.e.gather(1, y) / sums.S - t_y * (sums.other / sums.S)
-    dce = ((t_y + rest) / sums.S * sums.e - smooth).scatter(1, y, label_term) / counts[0]
-    dce = torch.where(rows.bad[:, None], torch.nan, dce)
+    A, labels, smooth = _target(args, rows)
+    e, S = sums.e, sums.S
+    dce = A / S * e - smooth
+    for label in labels:
+        other = e.scatter(1, label.c, 0).sum(1, keepdim=True)
+        dce.scatter_(1, label.c, label.rest * e.gather(1, label.c) / S - label.t * (other / S))
+    dce = torch.where(rows.bad[:, None], torch.nan, dce / counts[0])
     dz = torch.where(rows.valid[:, None] & ~(counts[0] <= 0), dce, 0)
 
     drift = sums.e_student / sums.St - sums.e_teacher / sums.T

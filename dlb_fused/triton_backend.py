@@ -234,6 +234,7 @@ def _row_launch(
     B = args.logits.shape[0]
     m = 0 if last_logits is None else args.overlap
     smoothing = _bits(args.label_smoothing) if args.label_smoothing else None
+    lam = None if args.labels_b is None else _bits(args.lam)
     values = (
         args.logits,
         last_logits,
@@ -247,6 +248,7 @@ def _row_launch(
         _bits(args.alpha),
         _bits(grad_scale),
         smoothing,
+        lam,
         B,
         m,
         args.fresh,
@@ -276,6 +278,7 @@ def _form(args: LossArgs, dlogits: Tensor | None) -> tuple[Plan, dict[str, Any]]
         "UNIT": _unit(logits.stride(0) | last_step | out_step),
         "TAUS": isinstance(args.temperature, Tensor) and args.temperature.dim() == 1,
         "ALPHAS": isinstance(args.alpha, Tensor) and args.alpha.dim() == 1,
+        "LAMS": isinstance(args.lam, Tensor) and args.lam.dim() == 1,
         "COUNT_BLOCK": _COUNT_WARP * form.num_warps,
         "SUM_BLOCK": _SUM_WARP * form.num_warps,
         "real": _tl(real),
@@ -286,13 +289,14 @@ def _form(args: LossArgs, dlogits: Tensor | None) -> tuple[Plan, dict[str, Any]]
 def _batch(args: LossArgs) -> tuple[kernels.Batch, Tensor | None]:
     """The vectors over rows, and the teacher; None of them without overlap."""
     parity = None if args.pair is None else args.pair.parity
+    rest = args.weight, parity, args.labels_b, int(args.distill_ignored) or None
     if args.overlap == 0:
-        return kernels.Batch(args.labels, None, None, None, args.weight, parity), None
+        return kernels.Batch(args.labels, None, None, None, *rest), None
     if args.pair is None:
         given = args.teacher_rows, args.last_labels, args.last_valid
-        return kernels.Batch(args.labels, *given, args.weight, None), args.last_logits
+        return kernels.Batch(args.labels, *given, *rest), args.last_logits
     given = None, args.pair.labels, args.pair.valid
-    return kernels.Batch(args.labels, *given, args.weight, parity), args.pair.logits
+    return kernels.Batch(args.labels, *given, *rest), args.pair.logits
 
 
 def _tl(real: torch.dtype) -> Any:

@@ -30,6 +30,8 @@ class Batch(NamedTuple):
     last_valid: Any
     weight: Any
     parity: Any
+    labels_b: Any
+    distill_ignored: Any  # None: they are not
 
 
 class Counts(NamedTuple):
@@ -131,12 +133,32 @@ def _teacher(rows, batch, size):
 
 
 @triton.jit
+def _valid(y, rows, batch, size):
+    """Which rows, with the labels y, have a cross-entropy."""
+    B, _, _, ignore_index = size
+    valid = y != ignore_index
+    if batch.labels_b is not None:
+        b = tl.load(batch.labels_b + rows, mask=rows < B, other=ignore_index)
+        valid = valid & (b != ignore_index)
+    return valid
+
+
+@triton.jit
+def _learns(may, valid, batch):
+    """Which rows learn from the teacher that they may have, the guard apart."""
+    learns = may
+    if batch.distill_ignored is None:
+        learns = may & valid
+    return learns
+
+
+@triton.jit
 def _tally(rows, batch, size, C: tl.constexpr, TEACHER: tl.constexpr, real: tl.constexpr):
     """For each row its part of ce_count, and as 0 or 1: is taught (guard apart), differs."""
     B, m, _, ignore_index = size
     y = tl.load(batch.labels + rows, mask=rows < B, other=ignore_index)
-    valid = y != ignore_index
-    if batch.weight is None:
+    valid = _valid(y, rows, batch, size)
+    if batch.weight is None or batch.labels_b is not None:
         ce = valid.to(real)
     else:
         ce = tl.load(batch.weight + y, mask=valid & (y >= 0) & (y < C), other=0.0).to(real)
@@ -144,7 +166,7 @@ def _tally(rows, batch, size, C: tl.constexpr, TEACHER: tl.constexpr, real: tl.c
     differs = tl.zeros_like(rows)
     if TEACHER:
         row, may = _teacher(rows, batch, size)
-        taught = (may & valid).to(tl.int32)
+        taught = _learns(may, valid, batch).to(tl.int32)
         if batch.last_labels is not None:
             label = tl.load(batch.last_labels + row, mask=may, other=0)
             differs = (may & (label != y)).to(tl.int32)
@@ -231,12 +253,48 @@ def _step_counts(
 
 
 @triton.jit
-def _label_terms(sums, y, valid, share, batch, smoothing, C: tl.constexpr, real: tl.constexpr):
-    """Equations (2) and (5): ce_i, the factor of e_c, the gradient at the label, and ε share / C.
+def _labels(
+    y, rows, valid, z_rows, batch, lam, C: tl.constexpr, LAMS: tl.constexpr, real: tl.constexpr
+):
+    """The label of each row whose class is left out of the sums, and of the other one, b: its
+    class, -1 if there is none, its logit, and its share. z_rows: where the rows begin.
+
+    Of two labels the likelier one is left out; of something out of range the label is -1.
+    """
+    b = tl.full(y.shape, -1, tl.int64)
+    z_b = tl.full(y.shape, 0, real)
+    share = z_b
+    if batch.labels_b is not None:
+        b = tl.load(batch.labels_b + rows, mask=valid, other=-1)
+        first = _row_values(lam, rows, valid, LAMS, real)
+        known = (y >= 0) & (y < C) & (b >= 0) & (b < C) & (first >= 0) & (first <= 1)
+        first = tl.where(y == b, 1.0, first)
+        z_y = tl.load(z_rows + y, mask=known, other=0.0).to(real)
+        z_b = tl.load(z_rows + b, mask=known, other=0.0).to(real)
+        swap = (first == 0) | ((first < 1) & (z_b > z_y))
+        share = tl.where(swap, first, 1.0 - first)
+        z_b = tl.where(swap, z_y, z_b)
+        label = tl.where(swap, b, y)
+        b = tl.where(known & (share > 0), tl.where(swap, y, b), -1)
+        y = tl.where(known, label, -1)
+    return y, (b, z_b, share)
+
+
+@triton.jit
+def _label_ce(hard, nll):
+    return tl.where(hard == 0, 0.0, hard * nll)  # nll may be +inf
+
+
+@triton.jit
+def _label_terms(sums, y, b, valid, share, batch, smoothing, C: tl.constexpr, real: tl.constexpr):
+    """Equations (2) and (5): ce_i, the factor of e_c, the gradient at the label and at b, and
+    ε share / C. b: class, x and share.
 
     A label out of range makes all of them NaN.
     """
     other, x_y, w_sum, wx_sum = sums
+    if batch.distill_ignored is not None:
+        share = tl.where(valid, share, 0.0)
     known = (y >= 0) & (y < C)
     e_y = tl.exp2(x_y)
     total = other + e_y
@@ -247,20 +305,51 @@ def _label_terms(sums, y, valid, share, batch, smoothing, C: tl.constexpr, real:
     if batch.weight is not None:
         w_y *= tl.load(batch.weight + y, mask=known & valid, other=1.0).to(real)
     scale = share / total
+    hard = w_y
     if smoothing is None:
-        ce = w_y * nll
-        factor = scale * w_y
-        at_label = -factor * other
-        less = tl.zeros_like(ce)
+        less = tl.zeros_like(nll)
     else:
         eps = _value(smoothing, real)
         each = eps / C
-        own = (1.0 - eps) * w_y
-        ce = own * nll + each * _ln2(real) * (log_total * w_sum - wx_sum)
-        factor = scale * (own + each * w_sum)
-        at_label = scale * (each * (w_sum - w_y) * e_y - (own + each * w_y) * other)
-        less = tl.zeros_like(ce) + share * each
-    return tl.where(valid, ce, 0.0), factor, at_label, less
+        hard = (1.0 - eps) * w_y
+        less = tl.zeros_like(nll) + share * each
+    at_b = less
+    if batch.labels_b is None:
+        ce = _label_ce(hard, nll)
+        if smoothing is None:
+            factor = scale * hard
+            at_label = -factor * other
+        else:
+            factor = scale * (hard + each * w_sum)
+            at_label = scale * (each * (w_sum - w_y) * e_y - (hard + each * w_y) * other)
+    else:
+        c, x_b, share_b = b
+        w_b = tl.full(y.shape, 1, real)
+        if batch.weight is not None:
+            w_b = tl.load(batch.weight + c, mask=c >= 0, other=1.0).to(real)
+        hard_b = tl.where(c >= 0, share_b, 0.0) * w_b
+        hard *= 1.0 - share_b
+        if smoothing is not None:
+            hard_b *= 1.0 - eps
+        target = hard
+        rest = hard_b
+        target_b = hard_b
+        rest_b = hard
+        factor = hard + hard_b
+        if smoothing is not None:
+            target += each * w_y
+            rest += each * (w_sum - w_y)
+            target_b += each * w_b
+            rest_b += each * (w_sum - w_b)
+            factor += each * w_sum
+        ce = _label_ce(hard, nll) + _label_ce(hard_b, _ln2(real) * (log_total - x_b))
+        e_b = tl.exp2(x_b)
+        factor *= scale
+        at_label = scale * (rest * e_y - target * other)
+        at_b = scale * (rest_b * e_b - target_b * (other - e_b + e_y))
+    if smoothing is not None:
+        ce += each * _ln2(real) * (log_total * w_sum - wx_sum)
+    return tl.where(valid, ce, 0.0), factor, at_label, at_b, less
 
 
 @triton.jit
@@ -388,7 +477,7 @@ def _cache_row(rows, B, fresh, first):
 
 @triton.jit
 def _tile_rows(
-    z, p, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing,
+    z, p, y, b, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing,
     C: tl.constexpr, TAUS: tl.constexpr, ALPHAS: tl.constexpr, GRAD: tl.constexpr,
     real: tl.constexpr,
 ):
@@ -407,8 +496,10 @@ def _tile_rows(
             w = tl.load(batch.weight + cols, mask=cols < C, other=0.0).to(real)
         w_sum += tl.sum(w, 0)
         wx_sum = tl.sum(tl.where(w[None, :] == 0, 0.0, w[None, :] * x), 1)
-    ce, factor, at_label, less = _label_terms(
-        (other, x_y, w_sum, wx_sum), y, valid, shares[0], batch, smoothing, C, real
+    x_b = _exponent(b[1], z_max * _log2e(real), _log2e(real))
+    ce, factor, at_label, at_b, less = _label_terms(
+        (other, x_y, w_sum, wx_sum), y, (b[0], x_b, b[2]), valid, shares[0], batch, smoothing, C,
+        real
     )
     g = x
     if GRAD:
@@ -416,6 +507,8 @@ def _tile_rows(
         if smoothing is not None:
             g -= less[:, None] * w[None, :]
         g = tl.where(hit, at_label[:, None], g)
+        if batch.labels_b is not None:
+            g = tl.where(cols[None, :] == b[0].to(tl.int32)[:, None], at_b[:, None], g)
     kl = tl.zeros_like(ce)
     distil = kl
     if p is not None:
@@ -434,21 +527,24 @@ def _tile_rows(
             g += s * (share / St)[:, None]
             g -= q * (share / T)[:, None]
     if GRAD:
-        g = tl.where(valid[:, None], g, 0.0)
+        live = valid
+        if batch.distill_ignored is not None and p is not None:
+            live = valid | taught
+        g = tl.where(live[:, None], g, 0.0)
     return g, ce, kl, distil, other + x_y
 
 
 @triton.jit(
-    do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "B", "m", "fresh",
+    do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "lam", "B", "m", "fresh",
     "slot_rows", "step", "last_step", "out_step", "ignore_index"]
 )
 def tile_kernel(
     logits, last_logits, dlogits, dloss, batch, counts, cache, sums, temperature, alpha,
-    grad_scale, smoothing, B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
+    grad_scale, smoothing, lam, B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
     step: tl.int64, last_step: tl.int64, out_step: tl.int64, ignore_index: tl.int64,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     UNIT: tl.constexpr, COUNT: tl.constexpr, TAUS: tl.constexpr, ALPHAS: tl.constexpr,
-    COUNT_BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr, real: tl.constexpr,
+    LAMS: tl.constexpr, COUNT_BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr, real: tl.constexpr,
 ):
     """ROWS rows a program, each read once and written once.
 
@@ -474,12 +570,13 @@ def tile_kernel(
         eviction_policy="evict_first"
     )
     y = tl.load(batch.labels + rows, mask=rows < B, other=ignore_index)
-    valid = y != ignore_index
+    valid = _valid(y, rows, batch, size)
+    label, b = _labels(y, rows, valid, logits + row64 * step * UNIT, batch, lam, C, LAMS, real)
     taught = valid
     p = None
     if TEACHER:
         row, may = _teacher(rows, batch, size)
-        taught = may & valid
+        taught = _learns(may, valid, batch)
         p = tl.load(
             last_logits + (row * last_step * UNIT)[:, None] + cols[None, :], mask=taught[:,
             None] & seen, other=float("-inf"), eviction_policy="evict_first"
@@ -505,18 +602,18 @@ def tile_kernel(
             p = tl.where(taught[:, None], p, float("-inf"))
         if some:
             g, ce, kl, distil, fit = _tile_rows(
-                z, p, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing,
-                C, TAUS, ALPHAS, GRAD, real
+                z, p, label, b, valid, taught, rows, cols, shares, batch, temperature, alpha,
+                smoothing, C, TAUS, ALPHAS, GRAD, real
             )
         else:
             g, ce, kl, distil, fit = _tile_rows(
-                z, None, y, valid, taught, rows, cols, shares, batch, temperature, alpha,
+                z, None, label, b, valid, taught, rows, cols, shares, batch, temperature, alpha,
                 smoothing, C, TAUS, ALPHAS, GRAD, real
             )
     else:
         g, ce, kl, distil, fit = _tile_rows(
-            z, None, y, valid, taught, rows, cols, shares, batch, temperature, alpha, smoothing, C,
-            TAUS, ALPHAS, GRAD, real
+            z, None, label, b, valid, taught, rows, cols, shares, batch, temperature, alpha,
+            smoothing, C, TAUS, ALPHAS, GRAD, real
         )
     if GRAD:
         tl.store(
@@ -599,16 +696,16 @@ def _loop_sums(
 
 @triton.jit
 def _loop_gradient(
-    z_row, p_row, out_row, y, valid, z_top, zk_top, p_top, k, factors, weight, smoothing,
+    z_row, p_row, out_row, y, b, live, z_top, zk_top, p_top, k, factors, batch, smoothing,
     C: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, real: tl.constexpr,
 ):
     """Second pass: writes the gradient, returns Σ q (u - x) (without 1/T) and Σ w x.
 
     From the end of the row to its start: what was read last is still in the caches. A row that is
-    not valid is not read, and all of its factors are 0.
+    not live is not read, and all of its factors are 0.
     """
-    factor, at_label, less, from_student, from_teacher = factors
-    z_top = tl.where(valid, z_top, 0.0)
+    factor, at_label, at_b, less, from_student, from_teacher = factors
+    z_top = tl.where(live, z_top, 0.0)
     LANES: tl.constexpr = BLOCK // VECTOR
     lane = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     dot = tl.zeros([LANES], real)
@@ -617,19 +714,22 @@ def _loop_gradient(
     for back in range(0, C, BLOCK):
         col = LAST - back + lane
         z = tl.load(
-            z_row + col, mask=(col < C) & valid, other=float("-inf"), eviction_policy="evict_first"
+            z_row + col, mask=(col < C) & live, other=float("-inf"), eviction_policy="evict_first"
         ).to(real)
         x = _exponent(z, z_top, _log2e(real))
         w = (col < C).to(real)
         if smoothing is not None:
-            if weight is not None:
-                w = tl.load(weight + col, mask=col < C, other=0.0).to(real)
+            if batch.weight is not None:
+                w = tl.load(batch.weight + col, mask=col < C, other=0.0).to(real)
             wx_sum += tl.sum(tl.where(w == 0, 0.0, w * x), 1)
         g = tl.exp2(x) * factor
         if smoothing is not None:
             g -= less * w
         if (y >= LAST - back) & (y < LAST - back + BLOCK):
             g = tl.where(col == y, at_label, g)
+        if batch.labels_b is not None:
+            if (b >= LAST - back) & (b < LAST - back + BLOCK):
+                g = tl.where(col == b, at_b, g)
         if p_row is not None:
             p = tl.load(
                 p_row + col, mask=col < C, other=float("-inf"), eviction_policy="evict_first"
@@ -647,7 +747,7 @@ def _loop_gradient(
 
 @triton.jit
 def _loop_row(
-    z_row, p_row, out_row, next_row, kept, y, valid, taught, row, shares, batch, temperature,
+    z_row, p_row, out_row, next_row, kept, y, b, valid, taught, row, shares, batch, temperature,
     alpha, smoothing, C: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     TAUS: tl.constexpr, ALPHAS: tl.constexpr, real: tl.constexpr,
 ):
@@ -664,12 +764,17 @@ def _loop_row(
         z_row, p_row, next_row, kept, label, k, batch.weight, smoothing, C, BLOCK, VECTOR, real
     )
     x_y = tl.where(label >= 0, _exponent(z_y, z_top, _log2e(real)), 0.0)
-    ce, factor, at_label, less = _label_terms(
-        (other, x_y, w_sum, w_sum), y, valid, shares[0], batch, smoothing, C, real
+    x_b = _exponent(b[1], z_top, _log2e(real))
+    b_terms = (b[0], x_b, b[2])
+    ce, factor, at_label, at_b, less = _label_terms(
+        (other, x_y, w_sum, w_sum), y, b_terms, valid, shares[0], batch, smoothing, C, real
     )
     factor = tl.where(valid, factor, 0.0)
     at_label = tl.where(valid, at_label, 0.0)
     less = tl.where(valid, less, 0.0)
+    live = valid
+    if batch.distill_ignored is not None and p_row is not None:
+        live = valid | taught
     kl = tl.full((), 0, real)
     distil = kl
     if out_row is not None or p_row is not None or smoothing is not None:
@@ -679,12 +784,13 @@ def _loop_row(
             from_student = share / St
             from_teacher = share / T
         dot, wx_sum = _loop_gradient(
-            z_row, p_row, out_row, label, valid, z_top, zk_top, p_top, k, (factor, at_label, less,
-            from_student, from_teacher), batch.weight, smoothing, C, BLOCK, VECTOR, real
+            z_row, p_row, out_row, label, b[0].to(tl.int32), live, z_top, zk_top, p_top, k,
+            (factor, at_label, at_b, less, from_student, from_teacher), batch, smoothing, C, BLOCK,
+            VECTOR, real
         )
         if smoothing is not None:
-            ce, _, _, _ = _label_terms(
-                (other, x_y, w_sum, wx_sum), y, valid, shares[0], batch, smoothing, C, real
+            ce, _, _, _, _ = _label_terms(
+                (other, x_y, w_sum, wx_sum), y, b_terms, valid, shares[0], batch, smoothing, C, real
             )
         if p_row is not None:
             kl, distil = _distil_terms(dot, St, T, tau, a, taught, real)
@@ -694,16 +800,16 @@ def _loop_row(
 
 
 @triton.jit(
-    do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "B", "m", "fresh",
+    do_not_specialize=["temperature", "alpha", "grad_scale", "smoothing", "lam", "B", "m", "fresh",
     "slot_rows", "step", "last_step", "out_step", "ignore_index"]
 )
 def loop_kernel(
     logits, last_logits, dlogits, dloss, batch, counts, cache, sums, temperature, alpha,
-    grad_scale, smoothing, B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
+    grad_scale, smoothing, lam, B: tl.int32, m: tl.int32, fresh: tl.int32, slot_rows: tl.int32,
     step: tl.int64, last_step: tl.int64, out_step: tl.int64, ignore_index: tl.int64,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     UNIT: tl.constexpr, COUNT: tl.constexpr, TAUS: tl.constexpr, ALPHAS: tl.constexpr,
-    COUNT_BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr, real: tl.constexpr,
+    LAMS: tl.constexpr, COUNT_BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr, real: tl.constexpr,
 ):
     """One row a program, in two passes of BLOCK columns at a time."""
     TEACHER: tl.constexpr = last_logits is not None
@@ -717,13 +823,14 @@ def loop_kernel(
     row = _in_turn(m)
     row64 = row.to(tl.int64)
     y = tl.load(batch.labels + row)
-    valid = y != ignore_index
+    valid = _valid(y, row, batch, size)
     n = _step_counts(batch, counts, size, C, TEACHER, COUNT, COUNT_BLOCK, real)
     shares = (scale * _inverse(n[0]), scale * _inverse(n[1]))
     to, kept = _cache_row(row, B, fresh, slot_rows - first)
     if cache.labels is not None:
         tl.store(cache.labels + to, y, mask=kept)
     z_row = logits + row64 * step * UNIT
+    label, b = _labels(y, row, valid, z_row, batch, lam, C, LAMS, real)
     out_row = None
     if dlogits is not None:
         out_row = dlogits + row64 * out_step * UNIT
@@ -732,22 +839,22 @@ def loop_kernel(
         next_row = cache.logits + to * C
     if TEACHER:
         teacher, may = _teacher(row, batch, size)
-        taught = may & valid & (n[2] > 0)
+        taught = _learns(may, valid, batch) & (n[2] > 0)
         if taught:
             ce, kl, distil, fit = _loop_row(
-                z_row, last_logits + teacher * last_step * UNIT, out_row, next_row, kept, y, valid,
-                taught, row, shares, batch, temperature, alpha, smoothing, C, BLOCK, VECTOR, TAUS,
-                ALPHAS, real
+                z_row, last_logits + teacher * last_step * UNIT, out_row, next_row, kept, label, b,
+                valid, taught, row, shares, batch, temperature, alpha, smoothing, C, BLOCK, VECTOR,
+                TAUS, ALPHAS, real
             )
         else:
             ce, kl, distil, fit = _loop_row(
-                z_row, None, out_row, next_row, kept, y, valid, taught, row, shares, batch,
+                z_row, None, out_row, next_row, kept, label, b, valid, taught, row, shares, batch,
                 temperature, alpha, smoothing, C, BLOCK, VECTOR, TAUS, ALPHAS, real
             )
     else:
         ce, kl, distil, fit = _loop_row(
-            z_row, None, out_row, next_row, kept, y, valid, valid, row, shares, batch, temperature,
-            alpha, smoothing, C, BLOCK, VECTOR, TAUS, ALPHAS, real
+            z_row, None, out_row, next_row, kept, label, b, valid, valid, row, shares, batch,
+            temperature, alpha, smoothing, C, BLOCK, VECTOR, TAUS, ALPHAS, real
         )
     if cache.valid is not None:
         tl.store(cache.valid + to, (fit == fit).to(tl.uint8), mask=kept)

@@ -44,7 +44,7 @@ def make(
     options.setdefault("fresh", B - m)
     args = LossArgs(z, y, p if m else None, m, **options)
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    names = ("weight", "temperature", "alpha", "ce_count", "kl_count", "grad_scale")
+    names = ("weight", "temperature", "alpha", "ce_count", "kl_count", "grad_scale", "lam")
     given = {k: getattr(args, k) for k in names}
     return args._replace(**{k: v.to(real) for k, v in given.items() if isinstance(v, Tensor)})
 
@@ -73,10 +73,38 @@ OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "normalizer 0": lambda C: {"ce_count": torch.tensor(0.0), "kl_count": torch.tensor(0.0)},
     "grad scale": lambda C: {"grad_scale": 1024.0},
     "grad scale tensor": lambda C: {"grad_scale": torch.tensor(0.125)},
+    "two labels": lambda C: {"labels_b": second_labels(C), "lam": 0.3},
+    "rows of lam": lambda C: {
+        "labels_b": second_labels(C), "lam": torch.tensor([0.0, 0.3, 0.9, 1.0])},
+    "two labels and weight": lambda C: {
+        "labels_b": second_labels(C), "lam": torch.tensor(0.3), "ignored": [0],
+        "weight": torch.linspace(0.0, 2.0, C)},
+    "two labels, smoothing and weight": lambda C: {
+        "labels_b": second_labels(C), "lam": 0.3, "label_smoothing": 0.3,
+        "weight": torch.linspace(0.0, 2.0, C)},
+    "second label ignored": lambda C: {
+        "labels_b": second_labels(C).index_fill_(0, torch.tensor([1, 2]), -100), "lam": 0.3,
+        "stats": STATS.clone()},
+    "two labels, temperature 1.7": lambda C: {
+        "labels_b": second_labels(C), "lam": 0.3, "temperature": 1.7},
+    "ignored are distilled": lambda C: {
+        "ignored": [0, 2, 3], "stats": STATS.clone(), "distill_ignored": True, "fresh": 4},
+    "all ignored, distilled": lambda C: {"ignored": [0, 1, 2, 3], "distill_ignored": True},
+    "all ignored, distilled and smoothed": lambda C: {
+        "ignored": [0, 1, 2, 3], "distill_ignored": True, "label_smoothing": 0.3},
+    "two labels, ignored are distilled": lambda C: {
+        "labels_b": second_labels(C).index_fill_(0, torch.tensor([1, 2]), -100), "lam": 0.3,
+        "ignored": [0], "stats": STATS.clone(), "distill_ignored": True},
     "no gradient": lambda C: {"need_grad": False},
     "no copy": lambda C: {"copy_logits": False},
     "all cached": lambda C: {"fresh": 4},
 }  # fmt: skip
+
+
+def second_labels(C: int) -> Tensor:
+    """Of those that `make` draws for 4 rows, one is the same if C is large."""
+    first = make(4, C, 2).labels
+    return torch.stack((first[1], first[1], first[0], first[1] // 2))
 
 
 def make_option(name: str, C: int, dtype: torch.dtype = torch.float32) -> LossArgs:
@@ -227,6 +255,25 @@ def check_label_out_of_range(forward: Check, args: LossArgs, label: int) -> None
     out = forward(args._replace(weight=torch.ones(args.logits.shape[1])))
     assert out.loss.isnan() and out.dlogits is not None
     assert out.dlogits.isnan().all(1).tolist() == [False, True, False, False]
+
+
+def check_bad_second_label(forward: Check, args: LossArgs, label: int) -> None:
+    """As `check_label_out_of_range`, of either label of two, and of a bad lam. B = 4."""
+    b = second_labels(args.logits.shape[1])
+    given = args._replace(weight=torch.ones(args.logits.shape[1]), labels_b=b, lam=0.3)
+    first, second = args.labels.clone(), b.clone()
+    first[1] = second[1] = label
+    for bad in (
+        given._replace(labels=first),
+        given._replace(labels_b=second),
+        given._replace(labels=first, lam=0.0),
+        given._replace(labels_b=second, lam=1.0),
+        *(given._replace(lam=torch.tensor([0.3, lam, 1.0, 0.0])) for lam in (-0.1, 1.5, NAN)),
+    ):
+        out = forward(bad)
+        assert out.loss.isnan() and out.dlogits is not None
+        assert out.dlogits.isnan().all(1).tolist() == [False, True, False, False]
+        assert out.dlogits[[0, 2, 3]].isfinite().all()
 
 
 def check_bad_values(forward: Check, args: LossArgs, bad: float) -> None:

@@ -35,8 +35,10 @@ class DlbArgs(ctypes.Structure):
         + _fields(ctypes.c_uint64, "logits labels last_logits teacher_rows last_labels last_valid")
         + _fields(ctypes.c_uint64, "weight temperatures alphas ce_count kl_count grad_scale loss")
         + _fields(ctypes.c_uint64, "parts dlogits next_logits next_labels next_valid stats")
-        + _fields(ctypes.c_double, "temperature alpha label_smoothing")
-        + _fields(ctypes.c_int32, "dtype last_dtype temperature_step alpha_step threads unused")
+        + _fields(ctypes.c_uint64, "labels_b lams")
+        + _fields(ctypes.c_double, "temperature alpha label_smoothing lam")
+        + _fields(ctypes.c_int32, "dtype last_dtype temperature_step alpha_step threads lam_step")
+        + _fields(ctypes.c_int32, "distill_ignored unused")
     )
 
 
@@ -68,6 +70,8 @@ def spans(packed: bytes, chunks: int) -> dict[str, Span]:
     }
     sizes = {
         "labels": (a.labels, 8 * a.B),
+        "labels_b": (a.labels_b, 8 * a.B),
+        "lams": (a.lams, real * (a.B if a.lam_step else 1)),
         "next_logits": (a.next_logits, item * a.C * fresh),
         "teacher_rows": (a.teacher_rows, 8 * a.overlap),
         "last_labels": (a.last_labels, 8 * teachers),

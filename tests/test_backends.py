@@ -42,21 +42,27 @@ def test_loss_and_gradient(case: Case, backend_device: tuple[str, str]) -> None:
         assert not gradient.any()
         return
     bound = gradient_tolerance(want, case.dtype)
-    if case.dtype == torch.float32 and not {"normalizer"} & set(case.options) and not case.per_row:
+    plain = not {"normalizer", "distill_ignored"} & set(case.options) and case.lam is None
+    if case.dtype == torch.float32 and plain and not case.per_row:
         # Where the truth itself is small (a row that is nearly right), fp32 has fewer digits.
         bound = max(bound, 2 * eager_error(x))
     assert relative_error(gradient, want) <= bound
 
 
+@pytest.mark.parametrize("lam", [None, 0.3])
 @pytest.mark.parametrize("dloss", [1.0, 0.0, -3.7, 65536.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("C", [10, 9001])
 def test_upstream_gradient(
-    dloss: float, dtype: torch.dtype, C: int, backend_device: tuple[str, str]
+    dloss: float,
+    dtype: torch.dtype,
+    C: int,
+    lam: float | None,
+    backend_device: tuple[str, str],
 ) -> None:
     """Also in fp16, where scaling a stored gradient would lose what had flushed to zero."""
     backend, device = backend_device
-    x = Case("", B=4, C=C, m=2, dtype=dtype).make(device)
+    x = Case("", B=4, C=C, m=2, dtype=dtype, lam=lam).make(device)
     loss = call(x, backend)
     loss.backward(torch.full_like(loss, dloss))
     assert x.logits.grad is not None
@@ -265,6 +271,115 @@ def test_label_out_of_range(backend_device: tuple[str, str]) -> None:
         assert x.logits.grad[3].isnan().all() and x.logits.grad[4:].isfinite().all()
 
 
+def test_second_label_out_of_range(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", lam=0.3).make(device)
+    for label in (10, -1, 2**40):
+        x.options["labels_b"][3] = label
+        if device == "cpu" and backend in ("cpu", "eager"):
+            with pytest.raises(IndexError, match=rf"labels_b\[3\] is {label}, but logits have 10"):
+                call(x, backend)
+            continue
+        x.logits.grad = None
+        loss = call(x, backend)
+        loss.backward()
+        assert loss.isnan() and x.logits.grad is not None
+        assert x.logits.grad[3].isnan().all() and x.logits.grad[4:].isfinite().all()
+    x.labels[3] = -100  # an ignored row may have any other label
+    assert call(x, backend).isfinite()
+
+
+def test_a_label_of_share_0_has_no_part(backend_device: tuple[str, str]) -> None:
+    """lam of 1 or 0, and two equal labels, are the form with one label, also where the logit of
+    the other one is -inf."""
+    backend, device = backend_device
+    for masked in (False, True):
+        x = Case("", C=40, lam=0.3, seed=2).make(device)
+        b = x.options.pop("labels_b")
+        del x.options["lam"]
+        assert not (x.labels == b).any()
+        with torch.no_grad():
+            if masked:
+                x.logits[torch.arange(8), b] = -torch.inf
+                x.last_logits[torch.arange(4), b[:4]] = -torch.inf
+        want = call(x, backend)
+        (want_gradient,) = torch.autograd.grad(want, x.logits)
+        assert want.isfinite()
+        one, zero = torch.ones(8, device=device), torch.zeros((), device=device)
+        for y, other, lam in (
+            (x.labels, b, 1.0),
+            (b, x.labels, 0.0),
+            (x.labels, b, one),
+            (b, x.labels, zero),
+            (x.labels, x.labels, 0.3),
+        ):
+            loss = dlb_loss(x.logits, y, x.last_logits, labels_b=other, lam=lam, backend=backend)
+            (gradient,) = torch.autograd.grad(loss, x.logits)  # type: ignore[arg-type]
+            torch.testing.assert_close(loss, want, rtol=2e-7, atol=0)
+            torch.testing.assert_close(gradient, want_gradient, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("label", ["labels", "labels_b", "both"])
+def test_two_labels_on_masked_classes(label: str, backend_device: tuple[str, str]) -> None:
+    """The loss is +inf, the gradient finite, and right in the other rows."""
+    backend, device = backend_device
+    for smoothing in (0.0, 0.1):
+        x = Case("", C=40, lam=0.3, m=0, seed=2).make(device)
+        x.options["label_smoothing"] = smoothing
+        want = fp64_truth(x)[1]
+        hit = {"labels": [x.labels[3]], "labels_b": [x.options["labels_b"][3]]}
+        hit["both"] = hit["labels"] + hit["labels_b"]
+        with torch.no_grad():
+            x.logits[3, torch.stack(hit[label])] = -torch.inf
+        loss = call(x, backend)
+        loss.backward()
+        gradient = x.logits.grad
+        assert loss == torch.inf and gradient is not None and gradient.isfinite().all()
+        assert relative_error(gradient[4:], want[4:]) <= 1e-6
+        where = torch.stack(hit[label])
+        weight = {"labels": [0.3], "labels_b": [0.7], "both": [0.3, 0.7]}[label]
+        share = torch.tensor(weight, device=device) * (1 - smoothing) + smoothing / 40
+        torch.testing.assert_close(gradient[3, where], -share / 8)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.5, torch.nan])
+def test_lam_out_of_range(bad: float, backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", lam="rows").make(device)
+    x.options["lam"][3] = bad
+    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\], got (-0.1|1.5|nan)"):
+        call(x, backend)
+    x.options["labels_b"][3] = -100
+    with pytest.raises(ValueError, match="lam must be in"):
+        call(x, backend)
+
+
+@pytest.mark.parametrize("lam", [None, 0.3])
+def test_an_ignored_row_that_is_distilled(
+    lam: float | None, backend_device: tuple[str, str]
+) -> None:
+    """It has the KL and its gradient, counts in kl_count and no more; without a teacher it may
+    hold anything."""
+    backend, device = backend_device
+    x = Case("", B=6, C=40, m=3, ignored=2, lam=lam).make(device)
+    x.labels[5] = -100
+    with torch.no_grad():
+        x.logits[5] = torch.nan
+        x.logits[0, 7] = x.last_logits[0, 7] = -torch.inf
+        x.logits[1, 9] = 100.0  # a confident row
+    x.options["distill_ignored"] = True
+    parts = call(x, backend, return_parts=True)
+    parts.loss.backward()
+    assert (parts.ce_count, parts.kl_count) == (3, 3)
+    gradient = x.logits.grad
+    assert gradient is not None and not gradient[5].any() and parts.loss.isfinite()
+    z = x.logits.detach()[:2].double().requires_grad_()
+    log_s, log_q = ((v / 3).log_softmax(1) for v in (z, x.last_logits[:2].double()))
+    kl = torch.where(log_q == -torch.inf, 0, log_q.exp() * (log_q - log_s)).sum()
+    (want,) = torch.autograd.grad(3.0 * 3.0 * kl / 3, z)
+    assert relative_error(gradient[:2], want.nan_to_num(0)) <= 1e-6
+
+
 def test_confident_row_keeps_its_digits(backend_device: tuple[str, str]) -> None:
     """At margin 20 p_y - 1 has no digit left in fp32."""
     backend, device = backend_device
@@ -297,15 +412,16 @@ def test_broadcast_teacher(backend_device: tuple[str, str]) -> None:
     assert relative_error(x.logits.grad, fp64_truth(x)[1]) <= 1e-6
 
 
+@pytest.mark.parametrize("lam", [None, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_inplace(dtype: torch.dtype, backend_device: tuple[str, str]) -> None:
+def test_inplace(dtype: torch.dtype, lam: float | None, backend_device: tuple[str, str]) -> None:
     backend, device = backend_device
     for dloss in (1.0, -3.7, 0.0):
-        x = Case("", C=33, dtype=dtype).make(device)
+        x = Case("", C=33, dtype=dtype, lam=lam).make(device)
         logits = x.logits * 1
         want = fp64_truth(x, dloss)[1]
         address = logits.data_ptr()
-        loss = dlb_loss(logits, x.labels, x.last_logits, inplace=True, backend=backend)
+        loss = dlb_loss(logits, x.labels, x.last_logits, inplace=True, backend=backend, **x.options)
         assert logits.data_ptr() == address and logits._version > 0
         loss.backward(torch.full_like(loss, dloss))  # type: ignore[union-attr, arg-type]
         assert x.logits.grad is not None

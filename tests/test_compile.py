@@ -46,6 +46,34 @@ def test_fullgraph(engine: str, backend_device: tuple[str, str]) -> None:
     compare(f, compiled, Case("").make(device))
 
 
+def test_two_labels_do_not_recompile(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+
+    def f(z: Tensor, y: Tensor, p: Tensor, b: Tensor, lam: Tensor) -> Tensor:
+        return dlb_loss(z, y, p, labels_b=b, lam=lam, distill_ignored=True, backend=backend)  # type: ignore[return-value]
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for seed in range(3):
+        x = Case("", lam=0.3, ignored=1, seed=seed).make(device)
+        b = x.options["labels_b"]
+        lam = torch.rand((), device=device)
+        want, got = (g(x.logits, x.labels, x.last_logits, b, lam) for g in (f, compiled))
+        torch.testing.assert_close(got, want)
+        (want_gradient,) = torch.autograd.grad(want * 2, x.logits)
+        (gradient,) = torch.autograd.grad(got * 2, x.logits)
+        assert relative_error(gradient, want_gradient.double()) < 1e-6
+    assert counter.frame_count == 1
+
+
+def test_a_bad_lam_tensor_is_found_at_run_time() -> None:
+    f = torch.compile(loss_of("auto", labels_b=torch.zeros(8, dtype=torch.int64),
+                              lam=torch.tensor(1.5)), backend="aot_eager")  # fmt: skip
+    x = Case("").make()
+    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\], got 1.5"):
+        f(x.logits, x.labels, x.last_logits)
+
+
 def test_dynamic_shapes_compile_once(backend_device: tuple[str, str]) -> None:
     backend, device = backend_device
     f = loss_of(backend)
@@ -176,7 +204,7 @@ def test_inplace_is_refused() -> None:
         f(x.logits, x.labels, x.last_logits)
 
 
-@pytest.mark.parametrize("kind", ["plain", "module", "all"])
+@pytest.mark.parametrize("kind", ["plain", "module", "all", "two labels"])
 def test_opcheck(kind: str, backend_device: tuple[str, str]) -> None:
     backend, device = backend_device
     x = Case("", B=8, C=7, m=4).make(device)
@@ -194,6 +222,10 @@ def test_opcheck(kind: str, backend_device: tuple[str, str]) -> None:
             alpha=one,
             ce_count=one * 8,
             kl_count=one * 4,
+        )
+    if kind == "two labels":
+        args = args._replace(
+            labels_b=x.labels.flip(0), lam=torch.rand(8, device=device), distill_ignored=True
         )
     torch.library.opcheck(torch.ops.dlb_fused.loss.default, (*_settings_of(args), backend))
     parts = torch.tensor([0.0, 0.0, 8.0, 4.0], device=device)

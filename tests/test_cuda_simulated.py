@@ -149,6 +149,11 @@ def test_label_out_of_range(form: Form, label: int, cuda: Watched) -> None:
     contract.check_label_out_of_range(forward, of(form), label)
 
 
+@pytest.mark.parametrize("label", [-1, 10**6, 2**32 + 1])
+def test_bad_second_label(form: Form, label: int, cuda: Watched) -> None:
+    contract.check_bad_second_label(forward, of(form), label)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INF])
 def test_bad_values_in_tensors(form: Form, bad: float, cuda: Watched) -> None:
     contract.check_bad_values(forward, of(form), bad)
@@ -161,8 +166,10 @@ def test_offsets(form: Form, offsets: tuple[float, float], cuda: Watched) -> Non
     contract.check_offsets(check, args, offsets)
 
 
-def test_inplace_and_rescale(form: Form, cuda: Watched) -> None:
-    args = of(form, inplace=True)
+@pytest.mark.parametrize("two", [False, True])
+def test_inplace_and_rescale(form: Form, two: bool, cuda: Watched) -> None:
+    second = {"labels_b": contract.second_labels(form.C), "lam": 0.3} if two else {}
+    args = of(form, inplace=True, **second)
     wide = contract.strided(args.logits, 3)
     args = args._replace(logits=wide)
     want = reference.forward(in_fp64(args))
@@ -387,6 +394,7 @@ def test_rows_that_are_read_twice(dtype: torch.dtype) -> None:
             contract.check_rows_that_are_not_finite(check, make(8, C, 4, dtype, fresh=8))
             contract.check_masks_of_finfo_min(check, make(4, C, 2, dtype))
             check(make(4, C, 2, dtype, temperature=2.5, inplace=True))
+            check(make(4, C, 2, dtype, labels_b=contract.second_labels(C), lam=0.3))
             assert all(c.launches[-1].shared_bytes == 0 for c in watched.calls if c.launches)
 
 
@@ -398,6 +406,8 @@ def some_calls(dtype: torch.dtype = torch.float32) -> Iterator[LossArgs]:
     weight = torch.linspace(0.0, 2.0, 37)
     yield make(4, 37, 2, dtype, label_smoothing=0.1, weight=weight, stats=STATS.clone())
     yield make(3, 40, 2, dtype, last_labels=torch.tensor([1, 2]), fresh=3)
+    for C in (40, 8808 // dtype.itemsize, 37216 // dtype.itemsize):
+        yield make(1, C, 1, dtype, labels_b=torch.tensor([7]), lam=0.3, inplace=True)
     yield make(2, 40, 1, dtype, pair=empty_pair(1, 40, dtype))._replace(last_logits=None)
     yield make(2, 1101 if dtype.itemsize > 2 else 2101, 1, dtype)
     yield make(2, 8808 // dtype.itemsize, 1, dtype, temperature=2.5)

@@ -70,6 +70,20 @@ BAD = {
     "a FakeTensor": (dict(labels=FAKE), TypeError, "labels must be a plain tensor, got FakeTensor"),
     "grad_scale rank": (dict(grad_scale=torch.ones(2)), ValueError, "grad_scale must be a float or a 0-dim tensor, got shape (2,)"),
     "grad_scale inf": (dict(grad_scale=float("inf")), ValueError, "grad_scale must be finite, got inf"),
+    "labels_b without lam": (dict(labels_b=Y), TypeError, "labels_b was given without lam: the target of a row is lam of its class in labels and 1 - lam of its class in labels_b"),
+    "lam without labels_b": (dict(lam=0.5), TypeError, "lam was given without labels_b"),
+    "labels_b as a list": (dict(labels_b=[0], lam=0.5), TypeError, "labels_b must be a tensor, got list"),
+    "labels_b of float": (dict(labels_b=Y.float(), lam=0.5), TypeError, "labels_b must be int64 class indices, got float32"),
+    "labels_b too short": (dict(labels_b=Y[:2], lam=0.5), ValueError, "labels_b must have shape (4,) like labels, got (2,)"),
+    "labels_b elsewhere": (dict(labels_b=Y.to("meta"), lam=0.5), ValueError, "labels_b must be on cpu like logits, got meta"),
+    "lam above 1": (dict(labels_b=Y, lam=1.5), ValueError, "lam must be in [0, 1], got 1.5"),
+    "lam nan": (dict(labels_b=Y, lam=float("nan")), ValueError, "lam must be in [0, 1], got nan"),
+    "lam negative in a tensor": (dict(labels_b=Y, lam=torch.tensor([0.5, -0.5, 1.0, 0.0])), ValueError, "lam must be in [0, 1], got -0.5"),
+    "lam of the overlap": (dict(labels_b=Y, lam=torch.ones(2)), ValueError, "lam must be a float, a 0-dim tensor, or a tensor of shape (4,), one for each row of logits; got shape (2,)"),
+    "lam learnable": (dict(labels_b=Y, lam=torch.tensor(0.5, requires_grad=True)), ValueError, "lam requires grad, but it cannot be learned: pass it detached"),
+    "lam of int": (dict(labels_b=Y, lam=torch.tensor(1)), TypeError, "lam must be floating point, got int64"),
+    "lam text": (dict(labels_b=Y, lam="a"), TypeError, "lam must be a float or a tensor, got str"),
+    "distill_ignored text": (dict(distill_ignored="yes"), TypeError, "distill_ignored must be a bool, got str"),
     "unknown backend": (dict(backend="cudnn"), ValueError, "backend must be one of ('auto', 'cpu', 'cuda', 'triton', 'eager'), got 'cudnn'"),
 }  # fmt: skip
 
@@ -163,7 +177,9 @@ def test_logits_changed_before_backward_are_found() -> None:
         loss.backward()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["labels", "temperature", "alpha", "weight", "grad_scale"])
+@pytest.mark.parametrize(
+    "name", ["labels", "temperature", "alpha", "weight", "grad_scale", "labels_b", "lam"]
+)
 def test_settings_changed_before_backward_are_found(name: str) -> None:
     """backward computes the gradient again, and would compute it with other settings."""
     given: dict[str, Any] = {
@@ -172,6 +188,8 @@ def test_settings_changed_before_backward_are_found(name: str) -> None:
         "alpha": torch.tensor(1.0),
         "weight": torch.ones(3),
         "grad_scale": torch.tensor(1.0),
+        "labels_b": Y.clone(),
+        "lam": torch.tensor(0.3),
     }
     changed = given[name]
     loss = dlb_loss(Z.clone().requires_grad_(), given.pop("labels"), P, **given)

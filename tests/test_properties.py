@@ -43,6 +43,14 @@ def inputs(draw: st.DrawFn) -> Inputs:
         options["weight"] = torch.rand(C, generator=g).to(real) + 0.1
     if draw(st.booleans()):
         options["temperature"] = torch.rand(m, generator=g).to(real) * 3 + 0.5
+    if draw(st.booleans()):
+        second = torch.randint(0, C, (B,), generator=g)
+        if masked:
+            second = columns[masked + second % (C - masked)]
+        second[draw(st.lists(st.integers(0, B - 1), max_size=1))] = -100
+        lam = torch.rand(B, generator=g).to(real)
+        options |= {"labels_b": second, "lam": draw(st.sampled_from([0.0, 0.3, 1.0, lam]))}
+    options["distill_ignored"] = draw(st.booleans())
     stride, last_stride = draw(st.integers(0, 9)), draw(st.integers(0, 9))
     z, p = widen(z.to(dtype), stride), widen(p.to(last_dtype), last_stride)
     return Inputs(z.requires_grad_(), labels, p, options)

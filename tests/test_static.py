@@ -217,7 +217,7 @@ def test_nothing_is_found_without_a_fault(planted: Callable[..., Entry], sound: 
 
 @needs_nvcc
 def test_spill_in_cuda_is_found(planted: Callable[..., Entry]) -> None:
-    bound = "__launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)"
+    bound = "__launch_bounds__(kThreads, kBlocks<T, kSource, kSmooth>)"
     entry = planted(("row.h", bound, "__launch_bounds__(kThreads, 8)"))
     assert any("spills" in line for line in report.wrong(entry))
 

@@ -174,6 +174,11 @@ def test_label_out_of_range(form: str, label: int) -> None:
     contract.check_label_out_of_range(checked.forward, make(4, C, 2), label)
 
 
+@pytest.mark.parametrize("label", [-1, 10**6, 2**32 + 1])
+def test_bad_second_label(form: str, label: int) -> None:
+    contract.check_bad_second_label(checked.forward, make(4, C, 2), label)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INF])
 def test_bad_values_in_tensors(form: str, bad: float) -> None:
     contract.check_bad_values(checked.forward, make(4, C, 2), bad)
@@ -192,8 +197,10 @@ def test_confident_rows(form: str) -> None:
     assert ((out.dlogits[at].double() / want.dlogits[at]) - 1).abs()[1:].max() < 3e-6
 
 
-def test_inplace_and_rescale(form: str) -> None:
-    args = make(4, C, 2, inplace=True)
+@pytest.mark.parametrize("two", [False, True])
+def test_inplace_and_rescale(form: str, two: bool) -> None:
+    second = {"labels_b": contract.second_labels(C), "lam": 0.3} if two else {}
+    args = make(4, C, 2, inplace=True, **second)
     wide = torch.zeros(4, C + 3)
     wide[:, :C] = args.logits
     args = args._replace(logits=wide[:, :C])

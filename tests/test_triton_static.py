@@ -86,7 +86,15 @@ def test_the_table_is_covered() -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "no overlap": {"last_logits": None, "overlap": 0, "fresh": B},
     "no gradient": {"need_grad": False},
+    "two labels": {
+        "labels_b": torch.zeros(B, dtype=torch.int64),
+        "lam": 0.3,
+        "distill_ignored": True,
+        "fresh": B - M,
+    },
     "all": {
+        "labels_b": torch.zeros(B, dtype=torch.int64),
+        "lam": torch.empty(B),
         "weight": torch.empty(8192),
         "label_smoothing": 0.1,
         "temperature": torch.empty(M),
@@ -143,13 +151,14 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("changed", [
     {"temperature": 0.3}, {"temperature": 1.0}, {"alpha": 0.0}, {"grad_scale": 65536.0},
     {"ignore_index": 1}, {"ignore_index": 0}, {"label_smoothing": 0.2}, {"overlap": 1},
-    {"fresh": 1},
+    {"fresh": 1}, {"lam": 0.0}, {"lam": 1.0},
 ], ids=str)  # fmt: skip
 def test_no_value_compiles_again(changed: dict[str, Any]) -> None:
-    args = arguments(1000, torch.float32, label_smoothing=0.1, fresh=16)
+    two = {"labels_b": torch.zeros(B, dtype=torch.int64), "lam": 0.3, "distill_ignored": True}
+    args = arguments(1000, torch.float32, label_smoothing=0.1, fresh=16, **two)
     base = specialization(forward(args))
     assert specialization(forward(args._replace(**changed))) == base
-    more = arguments(1000, torch.float32, label_smoothing=0.1, fresh=16)
+    more = arguments(1000, torch.float32, label_smoothing=0.1, fresh=16, **two)
     for rows in (1, 33):
         more = more._replace(logits=torch.empty(rows, 1000), labels=torch.zeros(rows).long())
         assert specialization(forward(more._replace(overlap=1, fresh=1))) == base

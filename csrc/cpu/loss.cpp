@@ -65,24 +65,31 @@ int level() {
 
 // ---- before the rows ----
 
+bool out_of_range(const DlbArgs& a, int64_t label) { return uint64_t(label) >= uint64_t(a.C); }
+
 int64_t first_bad_label(const DlbArgs& a) {
-  int bad = 0;  // without branches first: usually none is
-  for (int64_t i = 0; i < a.B; ++i)
-    bad |= int(dlb_row_valid(a, i)) & int(uint64_t(a.labels[i]) >= uint64_t(a.C));
+  int bad = a.labels_b != nullptr;
+  for (int64_t i = 0; i < a.B; ++i)  // without branches first: usually none is
+    bad |= int(a.labels[i] != a.ignore_index) & int(out_of_range(a, a.labels[i]));
   if (!bad) return -1;
-  for (int64_t i = 0; i < a.B; ++i)
-    if (dlb_row_valid(a, i) && (a.labels[i] < 0 || a.labels[i] >= a.C)) return i;
+  for (int64_t i = 0; i < a.B; ++i) {
+    const bool bad_b = a.labels_b && out_of_range(a, a.labels_b[i]);
+    if (dlb_row_valid(a, i) && (bad_b || out_of_range(a, a.labels[i]))) return i;
+  }
   return -1;
 }
 
 int64_t valid_rows(const DlbArgs& a, int64_t end) {
   int64_t count = 0;
-  for (int64_t i = 0; i < end; ++i) count += dlb_row_valid(a, i);
+  if (!a.labels_b)
+    for (int64_t i = 0; i < end; ++i) count += a.labels[i] != a.ignore_index;
+  else
+    for (int64_t i = 0; i < end; ++i) count += dlb_row_valid(a, i);
   return count;
 }
 
 double valid_count(const DlbArgs& a) {
-  if (!a.weight) return double(valid_rows(a, a.B));
+  if (!a.weight || a.labels_b) return double(valid_rows(a, a.B));
   double count = 0;
   for (int64_t i = 0; i < a.B; ++i)
     if (dlb_row_valid(a, i)) count += dlb_real(a, a.weight, a.labels[i]);
@@ -97,14 +104,14 @@ struct Overlap {
 Overlap count_overlap(const DlbArgs& a) {
   Overlap o;
   if (!a.teacher_rows && !a.last_labels && !a.last_valid) {
-    o.matched = valid_rows(a, a.overlap);
+    o.matched = a.distill_ignored ? a.overlap : valid_rows(a, a.overlap);
     return o;
   }
   for (int64_t i = 0; i < a.overlap; ++i) {
     const int64_t t = dlb_teacher_row(a, i);
     if (a.teacher_rows) o.mismatched += a.teacher_rows[i] < 0;
     if (a.last_labels && t >= 0) o.mismatched += a.last_labels[i] != a.labels[i];
-    o.matched += t >= 0 && dlb_row_valid(a, i);
+    o.matched += t >= 0 && dlb_row_learns(a, i);
   }
   o.dropped = a.last_labels && o.mismatched > 0;
   if (o.dropped) o.matched = 0;

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "../row_math.h"
 #include "narrow_rows.h"
@@ -39,17 +40,18 @@ class RowKernel {
         a_(*job.args),
         s_(scratch, a_.dlogits ? a_.C : kDlbBlock),
         load_teacher_(loader<R>(a_.last_dtype)) {
-    set_target(1);
+    target_ = target_of({1, 1}, {});
   }
 
   void run(int64_t i) {
-    const bool valid = dlb_row_valid(a_, i);
+    valid_ = dlb_row_valid(a_, i);
     if (i >= a_.B - a_.fresh) cached_ = i - (a_.B - a_.fresh);
     row_ = i;
     z_ = static_cast<const T*>(a_.logits) + i * a_.logits_stride;
-    const int64_t t = i < a_.overlap && valid && job_.teach ? dlb_teacher_row(a_, i) : -1;
+    const bool learns = i < a_.overlap && job_.teach && dlb_row_learns(a_, i);
+    const int64_t t = learns ? dlb_teacher_row(a_, i) : -1;
     u_ = t < 0 ? nullptr : at(a_.last_logits, t * a_.last_stride, a_.last_dtype);
-    if (valid && (job_.ce_inverse != 0 || u_)) {
+    if (u_ || (valid_ && job_.ce_inverse != 0)) {
       compute();
     } else {
       skip();
@@ -111,9 +113,8 @@ class RowKernel {
   }
 
   void compute() {
-    label_ = a_.labels[row_];
     if (u_) set_temperature(setting(a_.temperatures, a_.temperature_step, a_.temperature));
-    if (a_.weight) set_target(dlb_real(a_, a_.weight, label_));
+    take_labels();
     choose_mode();
     place_exponentials();
     sum_row();
@@ -122,7 +123,7 @@ class RowKernel {
     if (job_.row_ce) {
       const double kl = u_ ? row_kl(sums_, temperature_) : 0;
       const double distill = alpha == 0 ? 0 : alpha * temperature_ * temperature_ * kl;
-      put_losses(row_ce(sums_, target_, job_.weight_sum), kl, distill);
+      put_losses(valid_ ? row_ce(sums_, target_, job_.weight_sum) : 0, kl, distill);
     }
     if (a_.dlogits) write_row(alpha);
   }
@@ -135,8 +136,43 @@ class RowKernel {
     exponents_ = Exponents<R>(temperature);
   }
 
-  void set_target(double label_weight) {
-    target_ = row_target(a_.label_smoothing, double(a_.C), label_weight, job_.weight_sum);
+  RowTarget<double> target_of(Label<double> y, Label<double> b) const {
+    return row_target(a_.label_smoothing, double(a_.C), y, b, job_.weight_sum);
+  }
+
+  Label<double> label_of(double share, int64_t c) const {
+    return {share, a_.weight ? dlb_real(a_, a_.weight, c) : 1};
+  }
+
+  double logit(int64_t c) const { return load_some(z_ + c, 1, R(0))[0]; }
+
+  void take_labels() {
+    label_ = a_.labels[row_];
+    label_b_ = -1;
+    if (!valid_) {  // distilled all the same; any class can be left out of the sums
+      label_ = 0;
+      target_ = {};
+    } else if (a_.labels_b) {
+      take_two_labels(a_.labels_b[row_], setting(a_.lams, a_.lam_step, a_.lam));
+    } else if (a_.weight || a_.distill_ignored) {
+      target_ = target_of(label_of(1, label_), {});
+    }
+  }
+
+  // label_ is then the likelier one, and b the other one, unless it has no share.
+  void take_two_labels(int64_t b, double lam) {
+    if (label_ == b) lam = 1;
+    if (lam == 0 || (lam < 1 && logit(b) > logit(label_))) {
+      std::swap(label_, b);
+      lam = 1 - lam;
+    }
+    const auto y = label_of(lam, label_), other = label_of(1 - lam, b);
+    target_ = target_of(y, other);
+    if (lam == 1) return;
+    target_b_ = target_of(other, y);
+    label_b_ = b;
+    z_b_ = logit(b);  // now, since the gradient may take its place
+    if (u_) u_b_ = *load_teacher_(u_ + b * size_of(a_.last_dtype), 1, s_.u).at;
   }
 
   void choose_mode() { mode_ = !u_ ? kFresh : weighted_smoothing() ? 0 : mode_of(temperature_); }
@@ -232,6 +268,10 @@ class RowKernel {
     constexpr double infinity = std::numeric_limits<double>::infinity();
     sums_.x_y = z_y_ - z_top_;
     sums_.e_y = exp_or_one(sums_.x_y);
+    if (label_b_ >= 0) {
+      sums_.x_b = z_b_ - z_top_;
+      sums_.e_b = exp_or_one(sums_.x_b);
+    }
     if (!u_) return;
     const double u_y = u_y_ - u_top_;
     sums_.student_y = exp_or_one(sums_.x_y / temperature_);
@@ -246,7 +286,7 @@ class RowKernel {
   }
 
   void write_row(double alpha) {
-    const double ce = job_.grad_scale * job_.ce_inverse;
+    const double ce = valid_ ? job_.grad_scale * job_.ce_inverse : 0;
     const double kl = u_ ? job_.grad_scale * job_.kl_inverse * alpha * temperature_ : 0;
     const double hard = ce * (target_.target + target_.rest) / (sums_.other + sums_.e_y);
     T* to = gradient_row();
@@ -269,6 +309,15 @@ class RowKernel {
     double label = ce * row_label_gradient(sums_, target_);
     if (u_) label += soft * sums_.student_y - teacher * sums_.teacher_y;
     store_one(to + label_, R(label));
+    if (label_b_ >= 0) store_one(to + label_b_, R(label_b_gradient(ce, soft, teacher)));
+  }
+
+  double label_b_gradient(double ce, double soft, double teacher) const {
+    const double hard = ce * row_label_b_gradient(sums_, target_b_);
+    if (!u_) return hard;
+    const double student_b = exp_or_one(sums_.x_b / temperature_);
+    const double teacher_b = exp_or_one((u_b_ - u_top_) / temperature_);
+    return hard + soft * student_b - teacher * teacher_b;
   }
 
   // Puts the weights of the smoothing part into the stored exponentials.
@@ -287,17 +336,19 @@ class RowKernel {
 
   Exponentials<R> e_ = {};
   int64_t head_ = 0;  // classes before the first whole vector
-  int64_t row_ = 0, label_ = 0;
-  int64_t cached_ = -1;  // row of the next cache that is still to be written
+  int64_t row_ = 0;
+  bool valid_ = false;                // has a cross-entropy
+  int64_t label_ = 0, label_b_ = -1;  // -1: the row has one label
+  int64_t cached_ = -1;               // row of the next cache that is still to be written
   const T* z_ = nullptr;
   const char* u_ = nullptr;  // null: not taught
   double temperature_ = 1;
   Exponents<R> exponents_{1};
-  double z_top_ = 0, u_top_ = 0, z_y_ = 0, u_y_ = 0;
+  double z_top_ = 0, u_top_ = 0, z_y_ = 0, u_y_ = 0, z_b_ = 0, u_b_ = 0;
   double weight_so_far_ = 0;
   int mode_ = 0;
   int64_t runs_ = 0;
-  RowTarget<double> target_ = {};
+  RowTarget<double> target_ = {}, target_b_ = {};
   RowSums<double> sums_ = {};
 };
 

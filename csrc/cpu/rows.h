@@ -30,7 +30,14 @@ inline double dlb_real(const DlbArgs& a, const void* p, int64_t i) {
                                 : static_cast<const float*>(p)[i];
 }
 
-inline bool dlb_row_valid(const DlbArgs& a, int64_t i) { return a.labels[i] != a.ignore_index; }
+inline bool dlb_row_valid(const DlbArgs& a, int64_t i) {
+  return a.labels[i] != a.ignore_index && (!a.labels_b || a.labels_b[i] != a.ignore_index);
+}
+
+// Whether an overlap row with a teacher learns from it.
+inline bool dlb_row_learns(const DlbArgs& a, int64_t i) {
+  return a.distill_ignored || dlb_row_valid(a, i);
+}
 
 // The row of last_logits that may teach row i < overlap, or -1.
 inline int64_t dlb_teacher_row(const DlbArgs& a, int64_t i) {

@@ -71,8 +71,9 @@ class ShortRows {
  public:
   static bool takes(const DlbJob& job) {
     const DlbArgs& a = *job.args;
-    return a.C <= kDlbBlock && job.ce_inverse > 0 && !a.weight && a.label_smoothing == 0 &&
-           !(a.temperatures && a.temperature_step) && !(a.alphas && a.alpha_step);
+    return a.C <= kDlbBlock && job.ce_inverse > 0 && !a.weight && !a.labels_b &&
+           a.label_smoothing == 0 && !(a.temperatures && a.temperature_step) &&
+           !(a.alphas && a.alpha_step);
   }
 
   ShortRows(const DlbJob& job, char* scratch)

@@ -42,6 +42,8 @@ struct Meeting {
   Tally<R> tally[kMaxWarps];
   Sums<R> block_sums;
   Tally<R> block_tally;
+  LabelB<R> b;  // of the block's row; not of tiles
+  R at_b;       // the gradient there, for the thread that writes it
   R total[kMaxWarps][3];
   bool last;
 };
@@ -73,18 +75,26 @@ DLB_DEVICE bool find_teacher(const DlbCudaArgs& a, int64_t i, int64_t first, int
   return a.loss.last_valid == nullptr || load(a.loss.last_valid + teacher) != 0;
 }
 
+// Whether row i, of this label and maybe another one, has a cross-entropy.
+DLB_DEVICE bool is_valid(const DlbArgs& a, int64_t i, int64_t label) {
+  return label != a.ignore_index &&
+         (a.labels_b == nullptr || load(a.labels_b + i) != a.ignore_index);
+}
+
+DLB_DEVICE bool is_class(const DlbArgs& a, int64_t label) { return label >= 0 && label < a.C; }
+
 template <class R>
 DLB_DEVICE void tally_row(const DlbCudaArgs& a, int64_t i, int64_t first, Tally<R>& t) {
   const int64_t label = load(a.loss.labels + i);
-  const bool valid = label != a.loss.ignore_index;
-  if (a.loss.weight == nullptr) {
+  const bool valid = is_valid(a.loss, i, label);
+  if (a.loss.weight == nullptr || a.loss.labels_b != nullptr) {
     t.ce += valid;
-  } else if (valid && label >= 0 && label < a.loss.C) {
+  } else if (valid && is_class(a.loss, label)) {
     t.ce += value_at<R>(a.loss.weight, label);
   }
   int64_t teacher = 0;
   const bool may = find_teacher(a, i, first, teacher);
-  t.taught += may && valid;
+  t.taught += may && (valid || a.loss.distill_ignored);
   if (a.loss.last_labels != nullptr) {
     t.differs += may && load(a.loss.last_labels + teacher) != label;
   } else if (a.loss.teacher_rows != nullptr && i < a.loss.overlap) {
@@ -154,17 +164,66 @@ DLB_DEVICE StepCounts<R> step_counts(const KernelArgs& k, const Tally<R>& tally)
 }
 
 template <class R>
+DLB_DEVICE R load_any(const void* base, int dtype, int64_t index) {
+  if (dtype == DLB_FLOAT64) return R(load(static_cast<const double*>(base) + index));
+  if (dtype == DLB_FLOAT32) return R(load(static_cast<const float*>(base) + index));
+  if (dtype == DLB_BFLOAT16)
+    return real_of(load_element(static_cast<const BFloat16*>(base) + index));
+  return real_of(load_element(static_cast<const Float16*>(base) + index));
+}
+
+template <class R>
+DLB_DEVICE R lam_of(const DlbArgs& a, int64_t row) {
+  return a.lams == nullptr ? R(a.lam) : value_at<R>(a.lams, a.lam_step * row);
+}
+
+template <class T>
+DLB_DEVICE Real<T> logit_at(const DlbArgs& a, int64_t row, int label) {
+  return real_of(load_element(static_cast<const T*>(a.logits) + row * a.logits_stride + label));
+}
+
+// The likelier one of a valid row's two labels, `first` being one of them, or the only one with a
+// share; -1 where something is out of range.
+template <class T>
+DLB_DEVICE int likelier_label(const DlbArgs& a, int64_t row, int first) {
+  const int64_t given = load(a.labels_b + row);
+  const int second = int(given);
+  const Real<T> lam = lam_of<Real<T>>(a, row);
+  if (first < 0 || !is_class(a, given) || !(lam >= 0 && lam <= 1)) return -1;
+  if (first == second || lam == 1) return first;
+  if (lam == 0) return second;
+  return logit_at<T>(a, row, second) > logit_at<T>(a, row, first) ? second : first;
+}
+
+// The other one.
+template <class T, class R = Real<T>>
+DLB_DEVICE LabelB<R> label_b_of(const DlbArgs& a, int64_t row, const RowFacts<R>& f) {
+  LabelB<R> b = no_label_b<R>();
+  if (a.labels_b == nullptr || !f.valid || f.label < 0) return b;
+  const int first = int(load(a.labels + row)), second = int(load(a.labels_b + row));
+  const R lam = lam_of<R>(a, row);
+  if (first == second || lam == 0 || lam == 1) return b;
+  b.label = f.label == first ? second : first;
+  b.share = f.label == first ? 1 - lam : lam;
+  if (a.weight != nullptr) b.weight = value_at<R>(a.weight, b.label);
+  b.z = logit_at<T>(a, row, b.label);
+  if (f.taught) b.p = load_any<R>(a.last_logits, a.last_dtype, f.teacher * a.last_stride + b.label);
+  return b;
+}
+
+template <class T, class R = Real<T>>
 DLB_DEVICE RowFacts<R> row_facts(const DlbCudaArgs& a, int64_t row, int64_t first) {
   RowFacts<R> f{-1, false, false, 0, 1, 0, 1};
   if (row >= a.loss.B) return f;
   const int64_t label = load(a.loss.labels + row);
-  f.valid = label != a.loss.ignore_index;
-  if (label >= 0 && label < a.loss.C) f.label = int(label);
+  f.valid = is_valid(a.loss, row, label);
+  if (is_class(a.loss, label)) f.label = int(label);
+  if (f.valid && a.loss.labels_b != nullptr) f.label = likelier_label<T>(a.loss, row, f.label);
   if (f.valid && f.label < 0) f.label_weight = nan<R>();
   if (f.valid && f.label >= 0 && a.loss.weight != nullptr) {
     f.label_weight = value_at<R>(a.loss.weight, f.label);
   }
-  f.taught = find_teacher(a, row, first, f.teacher) && f.valid;
+  f.taught = find_teacher(a, row, first, f.teacher) && (f.valid || a.loss.distill_ignored);
   if (!f.taught) return f;
   f.temperature = R(a.loss.temperature);
   if (a.loss.temperatures != nullptr) {
@@ -270,11 +329,12 @@ DLB_DEVICE void finish_launch(const DlbCudaArgs& a, const StepCounts<R>& n, cons
 
 // Counts for batches that are too long for each team to count for itself.
 template <class R>
-__global__ void __launch_bounds__(kThreads, 4) count_kernel(const __grid_constant__ KernelArgs k) {
+__global__ void __launch_bounds__(kThreads, 6) count_kernel(const __grid_constant__ KernelArgs k) {
   DLB_SHARED(Meeting<R>, meeting);
   const DlbCudaArgs& a = k.given;
   const int64_t first = first_row(a), step = int64_t(gridDim.x) * kThreads;
   Tally<R> t{0, 0, 0};
+#pragma unroll 2
   for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < a.loss.B; i += step) {
     tally_row(a, i, first, t);
   }

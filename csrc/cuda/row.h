@@ -11,15 +11,6 @@
 
 enum class Source { kChip, kGlobal, kSingly };
 
-template <class R>
-DLB_DEVICE R load_any(const void* base, int dtype, int64_t index) {
-  if (dtype == DLB_FLOAT64) return R(load(static_cast<const double*>(base) + index));
-  if (dtype == DLB_FLOAT32) return R(load(static_cast<const float*>(base) + index));
-  if (dtype == DLB_BFLOAT16)
-    return real_of(load_element(static_cast<const BFloat16*>(base) + index));
-  return real_of(load_element(static_cast<const Float16*>(base) + index));
-}
-
 template <class T>
 DLB_DEVICE uint4 load_edge(const T* row, int v, int phase, int C) {
   return gather_edge<T>(v * kVector<T> - phase, C, [&](int c) { return load_element(row + c); });
@@ -137,6 +128,9 @@ struct RowTeam {
       store_edge(row, raw, v, phase, C);
     }
   }
+
+  // Whether this thread writes the vector with this class.
+  DLB_DEVICE bool writes(int c) const { return c >= 0 && (c + phase) / kN % threads == thread; }
 
   DLB_DEVICE int label_vector() const { return facts.label >= 0 ? (facts.label + phase) / kN : -1; }
 
@@ -258,13 +252,13 @@ DLB_DEVICE void meet(Sums<R>& s, Tally<R>& tally, Scales<R> scale, bool count,
 
 // Blocks a multiprocessor that the registers must suffice for. Without a bound, the compiler spills
 // a word to fit one more.
-template <class R, Source kSource, bool kSmooth>
-constexpr int kBlocks = sizeof(R) == 8                         ? 1
-                        : kSource == Source::kChip && !kSmooth ? 3
-                                                               : 2;
+template <class T, Source kSource, bool kSmooth>
+constexpr int kBlocks = sizeof(T) == 8                                              ? 1
+                        : kSmooth || (kSource == Source::kGlobal && sizeof(T) == 2) ? 2
+                                                                                    : 3;
 
 template <class T, Source kSource, bool kSmooth>
-__global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kSource, kSmooth>)
     row_kernel(const __grid_constant__ KernelArgs k) {
   using R = Real<T>;
   DLB_SHARED(Meeting<R>, meeting);
@@ -275,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
   if (done) return;
   const unsigned blocks = cluster_size(), rank = cluster_rank();
   const int64_t row = in_turn(blockIdx.x / blocks, a.loss.overlap, a.loss.B), first = first_row(a);
-  RowFacts<R> facts = row_facts<R>(a, row, first);
+  RowFacts<R> facts = row_facts<T>(a, row, first);
   if (a.dloss != nullptr) facts.taught = facts.taught && step_counts<R>(k, {}).keep;
   const int64_t next_row = next_row_of(a, row, first);
 
@@ -307,7 +301,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
     team.fetch(z, 0);
     if (facts.taught) team.fetch(reinterpret_cast<const T*>(p), k.slots);
   }
-  // While the row is on its way.
+  // While the row is on its way. The second label is a matter of shared memory, not of registers.
+  if (a.loss.labels_b != nullptr && threadIdx.x == 0) {
+    meeting.b = label_b_of<T>(a.loss, row, facts);
+  }
   Tally<R> tally = tally_share<R>(k, team.thread, team.threads, first);
   Sums<R> s = no_sums<R>();
   if constexpr (kSource == Source::kChip) {
@@ -342,20 +339,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
     team.p = z, team.p_slots = 0;
   }
 
+  const LabelB<R> b = a.loss.labels_b == nullptr ? no_label_b<R>() : meeting.b;
   Gradient<R> g;
   RowLoss<R> loss;
   const R smoothing = R(a.loss.label_smoothing);
-  const R ce_share = dloss * inverse_count(n.ce), kl_share = dloss * inverse_count(n.kl);
+  const R ce_share = facts.valid ? dloss * inverse_count(n.ce) : R(0);
+  const R kl_share = dloss * inverse_count(n.kl);
   if (kind == Kind::kPlain) {
-    loss =
-        row_end<Kind::kPlain, kSmooth>(s, facts, scale, a.loss.C, smoothing, ce_share, kl_share, g);
+    loss = row_end<Kind::kPlain, kSmooth>(s, facts, b, scale, a.loss.C, smoothing, ce_share,
+                                          kl_share, g);
   } else {
-    loss = row_end<Kind::kTaught, kSmooth>(s, facts, scale, a.loss.C, smoothing, ce_share, kl_share,
-                                           g);
+    loss = row_end<Kind::kTaught, kSmooth>(s, facts, b, scale, a.loss.C, smoothing, ce_share,
+                                           kl_share, g);
   }
+  if (team.writes(b.label)) meeting.at_b = g.at_label_b;
   if (a.loss.dlogits != nullptr) {
     T* out = static_cast<T*>(a.loss.dlogits) + row * a.loss.dlogits_stride;
-    if (!facts.valid) {
+    if (!facts.valid && !facts.taught) {
       team.write_zeros(out);
     } else if (kind == Kind::kPlain) {
       team.template write<Kind::kPlain>(out, g, scale);
@@ -363,6 +363,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Real<T>, kSource, kSmooth>)
       team.template write<Kind::kTaught>(out, g, scale);
     } else if constexpr (!kSmooth) {
       team.template write<Kind::kCube>(out, g, scale);
+    }
+    if (a.loss.labels_b != nullptr && team.writes(meeting.b.label)) {
+      store_element(out + meeting.b.label, element_of<T>(meeting.at_b));
     }
   }
   if (rank == 0 && a.dloss == nullptr) {

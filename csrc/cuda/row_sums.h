@@ -183,7 +183,7 @@ template <class R>
 struct Gradient {
   R z_max, p_max;
   R factor, less, from_student, from_teacher;
-  R at_label;
+  R at_label, at_label_b;
 };
 
 template <Kind kKind, bool kSmooth, class R, int kN>
@@ -210,11 +210,25 @@ DLB_DEVICE void gradient(const Gradient<R>& g, const R (&z)[kN], const R (&p)[kN
   }
 }
 
+// The less likely one of a row's two labels.
+template <class R>
+struct LabelB {
+  int label;  // -1: the row has one label
+  R share;    // in the target; the likelier one has the rest
+  R weight;
+  R z, p;  // logits there
+};
+
+template <class R>
+DLB_DEVICE LabelB<R> no_label_b() {
+  return {-1, 0, 1, 0, 0};
+}
+
 // What of the batch concerns one row.
 template <class R>
 struct RowFacts {
-  int label;        // -1: in none of the classes, or the row does not exist
-  bool valid;       // its label is not ignore_index
+  int label;        // of two labels the likelier one; -1: none of the classes, or no such row
+  bool valid;       // no label of it is ignore_index
   bool taught;      // the guard allowing
   int64_t teacher;  // its teacher's row
   R temperature, alpha;
@@ -258,8 +272,9 @@ DLB_DEVICE Sums<R> label_sums(const Sums<R>& s, R weight, Scales<R> scale) {
 // The end of a row from its sums; not taught, it may have a teacher all the same, which then has no
 // part in it. ce_share, kl_share: the gradient's scale over the counts.
 template <Kind kKind, bool kSmooth, class R>
-DLB_DEVICE RowLoss<R> row_end(Sums<R> s, const RowFacts<R>& row, Scales<R> scale, int64_t classes,
-                              R smoothing, R ce_share, R kl_share, Gradient<R>& g) {
+DLB_DEVICE RowLoss<R> row_end(Sums<R> s, const RowFacts<R>& row, const LabelB<R>& b,
+                              Scales<R> scale, int64_t classes, R smoothing, R ce_share, R kl_share,
+                              Gradient<R>& g) {
   const bool known = row.label >= 0;
   const R z_label = s.z_label, p_label = s.p_label;
   if (known) {
@@ -271,15 +286,27 @@ DLB_DEVICE RowLoss<R> row_end(Sums<R> s, const RowFacts<R>& row, Scales<R> scale
   r.other = s.other;
   r.e_y = known ? exp2_of(x) : 0;
   r.x_y = known ? kLn2<R> * x : 0;
+  const bool two = b.label >= 0;
+  if (two) {
+    const R x_b = x_of(b.z, s.z_max, scale);
+    r.e_b = exp2_of(x_b);
+    r.x_b = kLn2<R> * x_b;
+  }
   // No other class has any weight: then not even the rounding of the top shall be seen.
-  if (r.other == 0 && r.e_y > 0) r.e_y = 1, r.x_y = 0;
+  if (r.other == 0 && r.e_y > 0) r.x_b -= r.x_y, r.e_y = 1, r.x_y = 0;
   r.smooth = smoothing == 0 ? 0 : kLn2<R> * s.smooth;
-  const RowTarget<R> t = row_target(smoothing, R(classes), row.label_weight, s.weights);
+  const Label<R> own{1 - b.share, row.label_weight}, other{b.share, b.weight};
+  const RowTarget<R> t = row_target(smoothing, R(classes), own, other, s.weights);
   const R total = r.other + r.e_y;
   g.z_max = s.z_max, g.p_max = row.taught ? s.p_max : s.z_max;
-  g.factor = ce_share * (t.hard + t.smooth * s.weights) / total;
+  g.factor = ce_share * (t.hard + t.hard_b + t.smooth * s.weights) / total;
   g.less = ce_share * t.smooth;
   g.at_label = ce_share * row_label_gradient(r, t);
+  g.at_label_b = 0;
+  if (two) {
+    const RowTarget<R> t_b = row_target(smoothing, R(classes), other, own, s.weights);
+    g.at_label_b = ce_share * row_label_b_gradient(r, t_b);
+  }
   g.from_student = g.from_teacher = 0;
   RowLoss<R> loss{row.valid ? row_ce(r, t, s.weights) : R(0), 0, 0, total > 0};
   if (kKind == Kind::kPlain || !row.taught) return loss;
@@ -294,6 +321,11 @@ DLB_DEVICE RowLoss<R> row_end(Sums<R> s, const RowFacts<R>& row, Scales<R> scale
     const R student = exp2_of(fused(z_label, scale.k, -top_of(s.z_max, scale.k)));
     const R q = exp2_of(fused(p_label, scale.k, -top_of(s.p_max, scale.k)));
     g.at_label += share * (student / s.student - q / s.teacher);  // 1 - 1 where C = 1
+  }
+  if (two) {
+    const R student = exp2_of(fused(b.z, scale.k, -top_of(s.z_max, scale.k)));
+    const R q = exp2_of(fused(b.p, scale.k, -top_of(s.p_max, scale.k)));
+    g.at_label_b += share * (student / s.student - q / s.teacher);
   }
   loss.kl = row_divergence(r, row.temperature);
   if (row.alpha != 0) loss.distil = row.alpha * row.temperature * row.temperature * loss.kl;

@@ -134,13 +134,14 @@ struct TileRow {
   }
 
   template <Kind kKind>
-  DLB_DEVICE void write(const Gradient<R>& g, Scales<R> scale) const {
+  DLB_DEVICE void write(const Gradient<R>& g, Scales<R> scale, int b) const {
     each_vector<kKind != Kind::kPlain>([&](int v, R(&x)[kN], R(&teacher)[kN], R(&w)[kN]) {
       R d[kN];
       gradient<kKind, kSmooth>(g, x, teacher, w, scale, d);
       z.put(v, Element<T>::pack(d));
     });
     if (has_label()) z.at(facts.label) = element_of<T>(g.at_label);
+    if (b >= 0 && z.has_column(b)) z.at(b) = element_of<T>(g.at_label_b);
   }
 };
 
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   const int own = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int64_t row = top + own, next_row = next_row_of(a, row, first);
   const bool exists = own < count, heavy = top < a.loss.overlap;
-  RowFacts<R> facts = row_facts<R>(a, row, first);
+  RowFacts<R> facts = row_facts<T>(a, row, first);
   if (a.dloss != nullptr) facts.taught = facts.taught && step_counts<R>(k, {}).keep;
 
   T* const tile = reinterpret_cast<T*>(memory);
@@ -217,25 +218,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
     team.template sums<Kind::kCube>(s, scale);
   }
 
+  const LabelB<R> b = label_b_of<T>(a.loss, row, facts);
   Gradient<R> g;
   RowLoss<R> loss;
   const R smoothing = R(a.loss.label_smoothing);
-  const R ce_share = dloss * inverse_count(n.ce), kl_share = dloss * inverse_count(n.kl);
+  const R ce_share = facts.valid ? dloss * inverse_count(n.ce) : R(0);
+  const R kl_share = dloss * inverse_count(n.kl);
   if (!heavy) {
-    loss = row_end<Kind::kPlain, kSmooth>(s, facts, scale, C, smoothing, ce_share, kl_share, g);
+    loss = row_end<Kind::kPlain, kSmooth>(s, facts, b, scale, C, smoothing, ce_share, kl_share, g);
   } else {
-    loss = row_end<Kind::kTaught, kSmooth>(s, facts, scale, C, smoothing, ce_share, kl_share, g);
+    loss = row_end<Kind::kTaught, kSmooth>(s, facts, b, scale, C, smoothing, ce_share, kl_share, g);
   }
   if (a.loss.dlogits != nullptr) {
     T* const out = static_cast<T*>(a.loss.dlogits);
-    if (!facts.valid) {
+    if (!facts.valid && !facts.taught) {
       if (exists) z.fill(0);
     } else if (!heavy) {
-      team.template write<Kind::kPlain>(g, scale);
+      team.template write<Kind::kPlain>(g, scale, b.label);
     } else if (!cube) {
-      team.template write<Kind::kTaught>(g, scale);
+      team.template write<Kind::kTaught>(g, scale, b.label);
     } else if constexpr (!kSmooth) {
-      team.template write<Kind::kCube>(g, scale);
+      team.template write<Kind::kCube>(g, scale, b.label);
     }
     __syncthreads();
     if (k.flat) {
