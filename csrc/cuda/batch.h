@@ -164,15 +164,6 @@ DLB_DEVICE StepCounts<R> step_counts(const KernelArgs& k, const Tally<R>& tally)
 }
 
 template <class R>
-DLB_DEVICE R load_any(const void* base, int dtype, int64_t index) {
-  if (dtype == DLB_FLOAT64) return R(load(static_cast<const double*>(base) + index));
-  if (dtype == DLB_FLOAT32) return R(load(static_cast<const float*>(base) + index));
-  if (dtype == DLB_BFLOAT16)
-    return real_of(load_element(static_cast<const BFloat16*>(base) + index));
-  return real_of(load_element(static_cast<const Float16*>(base) + index));
-}
-
-template <class R>
 DLB_DEVICE R lam_of(const DlbArgs& a, int64_t row) {
   return a.lams == nullptr ? R(a.lam) : value_at<R>(a.lams, a.lam_step * row);
 }
@@ -207,7 +198,6 @@ DLB_DEVICE LabelB<R> label_b_of(const DlbArgs& a, int64_t row, const RowFacts<R>
   b.share = f.label == first ? 1 - lam : lam;
   if (a.weight != nullptr) b.weight = value_at<R>(a.weight, b.label);
   b.z = logit_at<T>(a, row, b.label);
-  if (f.taught) b.p = load_any<R>(a.last_logits, a.last_dtype, f.teacher * a.last_stride + b.label);
   return b;
 }
 

@@ -55,7 +55,8 @@ inline Plan tile_plan(const DlbArgs& a, size_t item) {
           0,
           1,
           unsigned(divided_up(a.B, height)),
-          tile * (a.overlap > 0 ? 2 : 1)};
+          tile * (a.overlap > 0 ? 2 : 1) +
+              (a.labels_b != nullptr ? kThreads * sizeof(AtLabelB<double>) : 0)};
 }
 
 inline Plan row_plan(const DlbArgs& a, size_t item, Source source, unsigned cluster) {

@@ -11,6 +11,15 @@
 
 enum class Source { kChip, kGlobal, kSingly };
 
+template <class R>
+DLB_DEVICE R load_any(const void* base, int dtype, int64_t index) {
+  if (dtype == DLB_FLOAT64) return R(load(static_cast<const double*>(base) + index));
+  if (dtype == DLB_FLOAT32) return R(load(static_cast<const float*>(base) + index));
+  if (dtype == DLB_BFLOAT16)
+    return real_of(load_element(static_cast<const BFloat16*>(base) + index));
+  return real_of(load_element(static_cast<const Float16*>(base) + index));
+}
+
 template <class T>
 DLB_DEVICE uint4 load_edge(const T* row, int v, int phase, int C) {
   return gather_edge<T>(v * kVector<T> - phase, C, [&](int c) { return load_element(row + c); });
@@ -352,7 +361,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kSource, kSmooth>)
     loss = row_end<Kind::kTaught, kSmooth>(s, facts, b, scale, a.loss.C, smoothing, ce_share,
                                            kl_share, g);
   }
-  if (team.writes(b.label)) meeting.at_b = g.at_label_b;
+  if (team.writes(b.label)) {
+    meeting.at_b = g.at_label_b;
+    if (facts.taught) {
+      const R p_b = load_any<R>(p, a.loss.last_dtype, b.label);
+      meeting.at_b += divergence_gradient(g, scale, b.z, p_b);
+    }
+  }
   if (a.loss.dlogits != nullptr) {
     T* out = static_cast<T*>(a.loss.dlogits) + row * a.loss.dlogits_stride;
     if (!facts.valid && !facts.taught) {

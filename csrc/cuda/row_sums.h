@@ -183,8 +183,16 @@ template <class R>
 struct Gradient {
   R z_max, p_max;
   R factor, less, from_student, from_teacher;
-  R at_label, at_label_b;
+  R at_label, at_label_b;  // at_label_b: of the cross-entropy alone
 };
+
+// The divergence's part at a class with these logits.
+template <class R>
+DLB_DEVICE R divergence_gradient(const Gradient<R>& g, Scales<R> scale, R z, R p) {
+  const R student = exp2_of(fused(z, scale.k, -top_of(g.z_max, scale.k)));
+  const R q = exp2_of(fused(p, scale.k, -top_of(g.p_max, scale.k)));
+  return fused(student, g.from_student, -(q * g.from_teacher));
+}
 
 template <Kind kKind, bool kSmooth, class R, int kN>
 DLB_DEVICE void gradient(const Gradient<R>& g, const R (&z)[kN], const R (&p)[kN], const R (&w)[kN],
@@ -216,12 +224,12 @@ struct LabelB {
   int label;  // -1: the row has one label
   R share;    // in the target; the likelier one has the rest
   R weight;
-  R z, p;  // logits there
+  R z;  // its logit
 };
 
 template <class R>
 DLB_DEVICE LabelB<R> no_label_b() {
-  return {-1, 0, 1, 0, 0};
+  return {-1, 0, 1, 0};
 }
 
 // What of the batch concerns one row.
@@ -321,11 +329,6 @@ DLB_DEVICE RowLoss<R> row_end(Sums<R> s, const RowFacts<R>& row, const LabelB<R>
     const R student = exp2_of(fused(z_label, scale.k, -top_of(s.z_max, scale.k)));
     const R q = exp2_of(fused(p_label, scale.k, -top_of(s.p_max, scale.k)));
     g.at_label += share * (student / s.student - q / s.teacher);  // 1 - 1 where C = 1
-  }
-  if (two) {
-    const R student = exp2_of(fused(b.z, scale.k, -top_of(s.z_max, scale.k)));
-    const R q = exp2_of(fused(b.p, scale.k, -top_of(s.p_max, scale.k)));
-    g.at_label_b += share * (student / s.student - q / s.teacher);
   }
   loss.kl = row_divergence(r, row.temperature);
   if (row.alpha != 0) loss.distil = row.alpha * row.temperature * row.temperature * loss.kl;

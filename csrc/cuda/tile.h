@@ -76,6 +76,13 @@ struct Tile {
   }
 };
 
+// What a thread keeps in shared memory while it writes a row, since there is no register left.
+template <class R>
+struct AtLabelB {
+  int label;  // -1: nothing for this thread
+  R gradient;
+};
+
 template <class T, bool kSmooth>
 struct TileRow {
   using R = Real<T>;
@@ -134,14 +141,13 @@ struct TileRow {
   }
 
   template <Kind kKind>
-  DLB_DEVICE void write(const Gradient<R>& g, Scales<R> scale, int b) const {
+  DLB_DEVICE void write(const Gradient<R>& g, Scales<R> scale) const {
     each_vector<kKind != Kind::kPlain>([&](int v, R(&x)[kN], R(&teacher)[kN], R(&w)[kN]) {
       R d[kN];
       gradient<kKind, kSmooth>(g, x, teacher, w, scale, d);
       z.put(v, Element<T>::pack(d));
     });
     if (has_label()) z.at(facts.label) = element_of<T>(g.at_label);
-    if (b >= 0 && z.has_column(b)) z.at(b) = element_of<T>(g.at_label_b);
   }
 };
 
@@ -169,6 +175,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   T* const tile = reinterpret_cast<T*>(memory);
   const int size = (height * C + kVector<T> - 1) / kVector<T> * kVector<T>;
   const Tile<T> z{tile, C, own, lane, lanes}, p{tile + size, C, own, lane, lanes};
+  AtLabelB<R>* const kept =
+      reinterpret_cast<AtLabelB<R>*>(tile + (a.loss.overlap > 0 ? 2 : 1) * size) + threadIdx.x;
   const T* logits = static_cast<const T*>(a.loss.logits);
   const T* last_logits = static_cast<const T*>(a.loss.last_logits);
   if (k.flat) {
@@ -229,16 +237,25 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real<T>) == 8 ? 1 : 3)
   } else {
     loss = row_end<Kind::kTaught, kSmooth>(s, facts, b, scale, C, smoothing, ce_share, kl_share, g);
   }
+  if (b.label >= 0 && facts.taught) {
+    g.at_label_b += divergence_gradient(g, scale, b.z, real_of(p.at(b.label)));
+  }
+  if (a.loss.labels_b != nullptr) {
+    *kept = {b.label >= 0 && z.has_column(b.label) ? b.label : -1, g.at_label_b};
+  }
   if (a.loss.dlogits != nullptr) {
     T* const out = static_cast<T*>(a.loss.dlogits);
     if (!facts.valid && !facts.taught) {
       if (exists) z.fill(0);
     } else if (!heavy) {
-      team.template write<Kind::kPlain>(g, scale, b.label);
+      team.template write<Kind::kPlain>(g, scale);
     } else if (!cube) {
-      team.template write<Kind::kTaught>(g, scale, b.label);
+      team.template write<Kind::kTaught>(g, scale);
     } else if constexpr (!kSmooth) {
-      team.template write<Kind::kCube>(g, scale, b.label);
+      team.template write<Kind::kCube>(g, scale);
+    }
+    if (a.loss.labels_b != nullptr && kept->label >= 0) {
+      z.at(kept->label) = element_of<T>(kept->gradient);
     }
     __syncthreads();
     if (k.flat) {
