@@ -192,8 +192,9 @@ def does_not_fit(*trees: Any) -> ValueError:
 
 
 def describe(tree: Any) -> str:
+    name = type(tree).__name__
     if isinstance(tree, Tensor):
-        return f"a tensor of shape {tuple(tree.shape)}"
+        return f"tensor of shape {tuple(tree.shape)}"
     if isinstance(tree, Mapping):
-        return f"a dict of {sorted(tree)}"
-    return f"a {type(tree).__name__}" + (f" of {len(tree)}" if isinstance(tree, Sized) else "")
+        return f"{name} of {sorted(tree)}"
+    return f"{name} of {len(tree)}" if isinstance(tree, (tuple, list)) else name
