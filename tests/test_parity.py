@@ -133,7 +133,7 @@ def with_the_function(norm: bool, dtype: torch.dtype, backend: str) -> Run:
     return run
 
 
-def with_one_forward(batches: Iterable[Any], norm: bool, dtype: torch.dtype, **options: Any) -> Run:
+def with_one_forward(batches: Iterable[Any], norm: bool, dtype: torch.dtype) -> Run:
     run, criterion = new_run(norm, dtype), DLBLoss(TAU, ALPHA)
     for _ in range(EPOCHS):
         for images, labels in batches:
