@@ -47,7 +47,9 @@ class OverlapBatchSampler(BatchSampler):
 
     Leaving an epoch early (`break`) and iterating again begins a new epoch, and its chain goes on
     from the last batch that was *drawn*. Loader workers draw ahead of the trainer, so with them
-    `DLBLoss` sees a break of the chain there. To go on from batch k, the last one used::
+    `DLBLoss` sees a break of the chain there, and a lasting one if the partial last chunk was drawn
+    (it then expects another number of overlap rows). Either begin a new chain, with `reset()` here
+    and of the criterion; or go on from batch k, the last one used::
 
         batches.load_state_dict(batches.state_dict(consumed=k))
 
@@ -171,6 +173,11 @@ class OverlapBatchSampler(BatchSampler):
         """Passes the epoch on to `sampler`, if that has `set_epoch`."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+
+    def reset(self) -> None:
+        """Leaves the epoch under way and the chain: the next iteration begins anew with both. Call
+        `DLBLoss.reset()` with it."""
+        self._chunks, self._epoch = [], None
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
         """What is needed to go on after `consumed` batches of the current epoch.

@@ -250,6 +250,19 @@ def test_leaving_early() -> None:
     assert next(iter(sampler)) == [2, 3, 4, 5]
 
 
+def test_reset_leaves_the_epoch_and_the_chain() -> None:
+    sampler = OverlapBatchSampler(range(8), 4)
+    batches = iter(sampler)
+    next(batches), next(batches)
+    sampler.reset()
+    with pytest.raises(RuntimeError, match="this iteration of OverlapBatchSampler is over"):
+        next(batches)
+    assert list(sampler)[:2] == [[0, 1], [0, 1, 2, 3]]
+    sampler.load_state_dict(sampler.state_dict(consumed=0))
+    sampler.reset()
+    assert next(iter(sampler)) == [0, 1]
+
+
 def test_an_older_iteration_is_over() -> None:
     sampler = OverlapBatchSampler(range(8), 4)
     older = iter(sampler)
@@ -441,6 +454,40 @@ def test_the_trainer_sees_a_right_chain(workers: int, examples: int) -> None:
 def test_the_end_of_an_epoch_with_workers(n: int, drop_last: bool, carry_over: bool) -> None:
     for stop in (0, 5, 6):
         check_training(n, 4, 3, (1, stop), workers=2, drop_last=drop_last, carry_over=carry_over)
+
+
+@pytest.mark.filterwarnings(FEW_CORES, "ignore:DLBLoss found rows:RuntimeWarning")
+@pytest.mark.parametrize("remedy", ["reset", "state", "overlap", None])
+def test_leaving_early_with_workers(remedy: str | None) -> None:
+    """The workers have drawn the partial last chunk, which the trainer never sees."""
+    sampler = OverlapBatchSampler(random_sampler(23), 8, with_appearance=True)
+    loader = DataLoader(Appearances(23), batch_sampler=sampler, num_workers=2)
+    criterion = DLBLoss(backend="eager")
+    distilled: list[list[int]] = []
+    for epoch in range(4):
+        distilled.append([])
+        for k, (ids, appearances) in enumerate(loader):
+            overlap = int(appearances.sum()) if remedy == "overlap" else None
+            criterion(torch.randn(len(ids), 23, requires_grad=True), ids, overlap=overlap)
+            distilled[-1].append(int(criterion.parts.kl_count))
+            if epoch == 1 and k == 2:
+                break
+        if epoch == 1 and remedy == "reset":
+            sampler.reset()
+            criterion.reset()
+        elif epoch == 1 and remedy == "state":
+            sampler.load_state_dict(sampler.state_dict(consumed=3))
+    assert distilled[:2] == [[0, 4, 4, 4, 4, 4], [3, 4, 4]]
+    assert (
+        distilled[2:]
+        == {
+            "reset": [[0, 4, 4, 4, 4, 4], [3, 4, 4, 4, 4, 4]],
+            "state": [[4, 4, 4], [3, 4, 4, 4, 4, 4]],
+            "overlap": [[0, 4, 4, 4, 4, 4], [3, 4, 4, 4, 4, 4]],
+            None: [[0] * 6, [0] * 6],
+        }[remedy]
+    )
+    assert remedy is not None or criterion.stats().mismatched > 0
 
 
 def test_appearances() -> None:
