@@ -14,7 +14,7 @@ from conftest import DEVICES
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from dlb_fused import OverlapBatchSampler, OverlapCutMix, OverlapMixup
+from dlb_fused import DLBLoss, OverlapBatchSampler, OverlapCutMix, OverlapMixup
 from dlb_fused.mixing import Mixed, OverlapMix
 
 KINDS = [OverlapMixup, OverlapCutMix]
@@ -358,6 +358,30 @@ def test_a_batch_smaller_than_its_overlap_changes_nothing() -> None:
     with pytest.raises(ValueError, match="smaller than its overlap: it has 5 rows, but 6 rows"):
         mix(first[1][:5], first[2][:5])
     assert equal(list(mix(*second[1:])), list(truth(*second[1:])))
+
+
+def kl_of_a_net_at_rest(mix: Any) -> list[float]:
+    """The KL of each step with an overlap, where neither the net nor a picture's view changes: what
+    is left comes from mixing."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(128, 5))
+    criterion, kl = DLBLoss(), []
+    for m, images, labels in batches([6] * 5):
+        classes = labels % 5
+        criterion(net(mix(images, classes)), classes, labels)
+        assert criterion.parts.kl_count == m
+        kl += [float(criterion.parts.kl)] if m else []
+    return kl
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_teacher_saw_the_same_mixture(kind: type[OverlapMix], per_row: bool) -> None:
+    mix = kind(per_row=per_row, generator=seeded())
+    kl = kl_of_a_net_at_rest(lambda x, y: mix(x.float(), y).images)
+    assert max(kl) < 1e-6
+    kl = kl_of_a_net_at_rest(lambda x, _: (0.7 * x + 0.3 * x.flip(0)).float())  # over both halves
+    assert min(kl) > 1e-3
 
 
 # State
