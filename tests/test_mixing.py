@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DEVICES
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -382,6 +383,42 @@ def test_the_teacher_saw_the_same_mixture(kind: type[OverlapMix], per_row: bool)
     assert max(kl) < 1e-6
     kl = kl_of_a_net_at_rest(lambda x, _: (0.7 * x + 0.3 * x.flip(0)).float())  # over both halves
     assert min(kl) > 1e-3
+
+
+def trained(mode: str, kind: type[OverlapMix], plainly: bool) -> tuple[list[float], int]:
+    """The losses of a small training on mixtures, and how many rows were distilled."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(128, 5)).double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    mix = kind(prob=0.7, per_row=True, mode=mode, generator=seeded())
+    criterion, last, losses, distilled = DLBLoss(2.0, 0.5), torch.empty(0, 5), [], 0
+    for m, images, ids in batches([6] * 12 + [3, 6, 6]):
+        images, labels, labels_b, lam, distill = mix(images % 7, ids % 5)
+        logits = net(images)
+        if plainly:
+            ce, ce_b = (F.cross_entropy(logits, y, reduction="none") for y in (labels, labels_b))
+            loss = (lam * ce + (1 - lam) * ce_b).mean()
+            rows = distill[:m]
+            if rows.any():
+                log_p, q = F.log_softmax(logits[:m] / 2, 1), F.softmax(last / 2, 1)
+                loss = loss + 0.5 * 4 * F.kl_div(log_p[rows], q[rows], reduction="batchmean")
+            last, distilled = logits.detach()[m:], distilled + int(rows.sum())
+        else:
+            loss = criterion(logits, labels, ids, labels_b=labels_b, lam=lam, distill=distill)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, distilled if plainly else criterion.stats().matched
+
+
+@pytest.mark.parametrize("mode", ["same", "gate"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_criterion_takes_what_mixing_gives(kind: type[OverlapMix], mode: str) -> None:
+    ours, matched = trained(mode, kind, plainly=False)
+    plain, distilled = trained(mode, kind, plainly=True)
+    assert ours == pytest.approx(plain, rel=1e-6)
+    assert matched == distilled > 0
 
 
 # State
