@@ -35,10 +35,10 @@ class OverlapBatchSampler(BatchSampler):
         carry_over: the chain goes on over the border of epochs. False: each epoch begins a new
             chain; call `DLBLoss.reset()` with it.
         lag: 1, or the number of micro-batches under gradient accumulation (`DLBLoss(lag=...)`).
-        with_appearance: yield pairs (index, appearance), with appearance 0 where the sample is
-            fresh and 1 where it comes again. For a dataset that seeds its augmentation: by
-            (epoch, index, appearance) the two views differ and can be drawn again after a crash; by
-            the index alone both would be the same picture.
+        with_appearance: yield pairs (index, appearance), which the dataset's `__getitem__` gets in
+            place of an index: appearance 0 where the sample is fresh, 1 where it comes again. For
+            an augmentation with a seed: by (epoch, index, appearance) the two views differ, and can
+            be drawn again after a crash; by the index alone both would be the same picture.
 
     Raises:
         ValueError: a bad argument.

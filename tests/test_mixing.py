@@ -291,16 +291,17 @@ def test_it_draws_from_its_own_generator() -> None:
 # The chain
 
 
+class Pictures(Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 23
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return torch.rand(3, 8, 8) + i, i
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_a_data_loader(kind: type[OverlapMix]) -> None:
     """The two appearances of an index have one partner and one lam, over epoch borders."""
-
-    class Pictures(Dataset):  # type: ignore[type-arg]
-        def __len__(self) -> int:
-            return 23
-
-        def __getitem__(self, i: int) -> tuple[Tensor, int]:
-            return torch.rand(3, 8, 8) + i, i
 
     sampler = OverlapBatchSampler(RandomSampler(range(23), generator=seeded()), 12)
     loader = DataLoader(Pictures(), batch_sampler=sampler, num_workers=2)
