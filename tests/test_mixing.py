@@ -178,6 +178,15 @@ def test_lam_has_the_distribution_of_beta(alpha: float) -> None:
     assert float(lam.var()) == pytest.approx(float(want.variance), rel=0.03)
 
 
+def test_the_box_has_the_share_that_was_drawn() -> None:
+    """With side r = √(1 - lam), lam uniform, and its center uniform in the picture, a box has
+    r - r²/4 of each side inside: an area of 1/2 - 1/5 + 1/48 in the mean."""
+    mix = OverlapCutMix(1.0, per_row=True, generator=seeded())
+    n = 5000
+    mixed = mix(torch.zeros(n, 1, 64, 64, dtype=torch.uint8), torch.arange(n))
+    assert float((1 - mixed.lam).mean()) == pytest.approx(0.3208, abs=0.03)  # whole pixels
+
+
 @pytest.mark.parametrize("per_row", [False, True])
 def test_prob(per_row: bool) -> None:
     mix = OverlapMixup(prob=0.3, per_row=per_row, generator=seeded())
@@ -302,7 +311,6 @@ class Pictures(Dataset):  # type: ignore[type-arg]
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_a_data_loader(kind: type[OverlapMix]) -> None:
     """The two appearances of an index have one partner and one lam, over epoch borders."""
-
     sampler = OverlapBatchSampler(RandomSampler(range(23), generator=seeded()), 12)
     loader = DataLoader(Pictures(), batch_sampler=sampler, num_workers=2)
     mix = kind(generator=seeded())
