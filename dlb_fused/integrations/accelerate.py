@@ -65,7 +65,9 @@ def overlap_loader(
             f"{steps}): with lag={steps} the teacher is one optimizer step old"
         )
     rank, world = accelerator.process_index, accelerator.num_processes
-    shard = DistributedSampler(dataset, world, rank, shuffle=shuffle, seed=seed)
+    shard: DistributedSampler[Any] = DistributedSampler(
+        dataset, world, rank, shuffle=shuffle, seed=seed
+    )
     batches = OverlapBatchSampler(
         shard, batch_size, drop_last, carry_over=carry_over, lag=criterion.lag
     )

@@ -124,9 +124,10 @@ def find_batches(trainer: Trainer) -> OverlapBatchSampler:
         )
     if isinstance(batches.sampler, DistributedSampler) and not batches.sampler.shuffle:
         warnings.warn(
-            "the training samples are not shuffled: for several ranks, Lightning puts an unshuffled "
-            "DistributedSampler in place of every sampler but RandomSampler; give "
-            "OverlapBatchSampler a RandomSampler, or set Trainer(use_distributed_sampler=False)",
+            "the training samples are not shuffled: for several ranks, Lightning puts a "
+            "DistributedSampler in place of every other sampler, which shuffles if that was a "
+            "RandomSampler; give OverlapBatchSampler one, or set "
+            "Trainer(use_distributed_sampler=False)",
             RuntimeWarning,
             stacklevel=2,
         )

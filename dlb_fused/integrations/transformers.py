@@ -67,17 +67,21 @@ class DLBTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.ids is not None and self.ids not in self._signature_columns:
-            self._signature_columns.append(self.ids)
+        columns: Any = self._signature_columns
+        if self.ids is not None and self.ids not in columns:
+            columns.append(self.ids)
 
     def get_train_dataloader(self) -> OverlapLoader:
         """The batches of this process: not through `Accelerator.prepare`, which would deal them out
         anew."""
-        dataset, args = self.train_dataset, self.args
+        dataset: Any = self.train_dataset
         if not isinstance(dataset, Sized):
             raise ValueError(f"train_dataset must have a length, got {type(dataset).__name__}")
+        args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        shard = DistributedSampler(dataset, args.world_size, args.process_index, seed=seed)
+        shard: DistributedSampler[Any] = DistributedSampler(
+            dataset, args.world_size, args.process_index, seed=seed
+        )
         self._batches = OverlapBatchSampler(
             shard, self._train_batch_size, args.dataloader_drop_last, lag=self.criterion.lag
         )
@@ -116,7 +120,7 @@ class DLBTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _is_causal(self) -> bool:
-        model = self.model
+        model: Any = self.model
         if hasattr(model, "get_base_model"):  # of peft
             model = model.get_base_model()
         return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -164,4 +168,4 @@ class SaveChain(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if not args.save_only_model:
-            self.trainer.save_chain(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            self.trainer.save_chain(Path(str(args.output_dir), f"checkpoint-{state.global_step}"))
