@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ class DLBTrainer(Trainer):
         """The batches of this process: not through `Accelerator.prepare`, which would deal them out
         anew."""
         dataset: Any = self.train_dataset
-        if not isinstance(dataset, Sized):
+        if not hasattr(dataset, "__len__"):
             raise ValueError(f"train_dataset must have a length, got {type(dataset).__name__}")
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
