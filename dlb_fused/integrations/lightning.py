@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import lightning
 import torch.distributed as dist
 from lightning import LightningModule, Trainer
-from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import RandomSampler, SequentialSampler
 
 from dlb_fused.integrations.state import load_rank_state, rank_state
 from dlb_fused.loss import DLBLoss
@@ -20,11 +19,11 @@ KEY = "dlb_fused"  # in Lightning's checkpoint: the states of all ranks
 class DLBCallback(lightning.Callback):
     """For a module that has a `DLBLoss` and trains on a loader with an `OverlapBatchSampler`.
 
-    The module needs no other change; validation and the sanity check do not touch the cache. Give
-    `OverlapBatchSampler` a `RandomSampler`, for several ranks too: Lightning puts a
-    `DistributedSampler` in its place, and makes each rank's batches from that. Make the sampler in
-    the `train_dataloader` hook: of one made elsewhere, Lightning keeps batch_size and drop_last
-    alone.
+    The module needs no other change; validation and the sanity check do not touch the cache. For
+    several ranks, Lightning puts a shuffling `DistributedSampler` in place of whatever sampler
+    `OverlapBatchSampler` was given (a weighted one too), and makes each rank's batches from that.
+    Make `OverlapBatchSampler` in the `train_dataloader` hook: of one made elsewhere, Lightning
+    keeps batch_size and drop_last alone.
 
     Rank 0 writes a checkpoint for all. This callback gathers the caches and samplers of all ranks
     into it, and gives each rank its own back.
@@ -121,14 +120,5 @@ def find_batches(trainer: Trainer) -> OverlapBatchSampler:
             f"each of the {trainer.world_size} ranks needs its own share of the samples, but the "
             f"OverlapBatchSampler has a {type(batches.sampler).__name__}: leave "
             "Trainer(use_distributed_sampler=True), or give it a DistributedSampler"
-        )
-    if isinstance(batches.sampler, DistributedSampler) and not batches.sampler.shuffle:
-        warnings.warn(
-            "the training samples are not shuffled: for several ranks, Lightning puts a "
-            "DistributedSampler in place of every other sampler, which shuffles if that was a "
-            "RandomSampler; give OverlapBatchSampler one, or set "
-            "Trainer(use_distributed_sampler=False)",
-            RuntimeWarning,
-            stacklevel=2,
         )
     return batches
