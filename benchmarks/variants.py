@@ -206,10 +206,13 @@ def fused(backend: str, x: Inputs, **options: Any) -> Call:
     return Call(loss, (logits,))
 
 
-def module(x: Inputs) -> Call:
-    criterion = DLBLoss(**OPTIONS)
-    criterion(x.last_logits.clone().requires_grad_(), x.labels[: len(x.last_logits)])
-    return Call(partial(criterion, x.logits, x.labels), (x.logits,))
+def module(x: Inputs, with_ids: bool = False) -> Call:
+    criterion, m = DLBLoss(**OPTIONS), len(x.last_logits)
+    more = ()
+    if with_ids:  # rows [m:] are cached, and come again as rows [:m]
+        more = (torch.arange(m, device=x.labels.device).repeat(2),)
+    criterion(x.last_logits.clone().requires_grad_(), x.labels[:m], *(ids[:m] for ids in more))
+    return Call(partial(criterion, x.logits, x.labels, *more), (x.logits,))
 
 
 def copy(fresh: bool, x: Inputs) -> Call:
@@ -300,6 +303,14 @@ def all_variants(device: str, dtype: str) -> tuple[list[Variant], dict[str, str]
     note = f"the module with its cache copy, {auto}"
     variants += [
         Variant("DLBLoss", module, note, "dlb+cache", True, with_backward),
+        Variant(
+            "DLBLoss[ids]",
+            partial(module, with_ids=True),
+            "the same with rows matched by ids",
+            "dlb+cache",
+            True,
+            with_backward,
+        ),
         Variant("copy", partial(copy, False), "dlb_loss's ideal bytes, memory reused", "copy"),
         Variant("copy[fresh]", partial(copy, True), "the same into new memory", "copy"),
     ]

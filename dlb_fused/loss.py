@@ -35,6 +35,7 @@ from dlb_fused.checks import (
 )
 from dlb_fused.counts import with_global_counts
 from dlb_fused.sequences import (
+    each_token,
     flatten_arguments,
     flatten_sequences,
     teacher_tokens,
@@ -80,15 +81,20 @@ def dlb_loss(
 
     Args:
         logits: (B, C) float32, bfloat16, float16 or float64; any row stride (a column stride costs
-            a copy).
-        labels: (B,) int64, each in [0, C) or ignore_index.
+            a copy). Of a language model (B, T, C) with labels (B, T): each token is a row (logits
+            that are not contiguous are copied: shift the labels, not the logits).
+        labels: (B,) int64, each in [0, C) or ignore_index. (B, C) floating point: probabilities,
+            as in torch; their cross-entropy is torch's own, in fp32, beside a kernel for the KL: it
+            takes several times as long and several times the memory. ignore_index does not apply.
         last_logits: (m, C), m ≤ B: what the last iteration gave for rows [:m], or a teacher's
-            logits. Not differentiated. None or m = 0: plain cross-entropy. Its dtype may differ
-            from that of logits, but float64 goes with float64.
+            logits; (m, T, C) for logits (B, T, C), token by token. Not differentiated. None or
+            m = 0: plain cross-entropy. Its dtype may differ from that of logits, but float64 goes
+            with float64.
         weight: (C,) class weights of the cross-entropy, as in torch; the KL is not weighted.
         ignore_index: rows with this label have no loss, no KL and a gradient of 0.
         label_smoothing: in [0, 1], of the cross-entropy, as in torch.
-        temperature: τ > 0: a float, a 0-dim tensor, or a tensor (m,) with one value a row.
+        temperature: τ > 0: a float, a 0-dim tensor, or a tensor (m,) with one value a row (or
+            sequence).
         alpha: α ≥ 0, likewise.
         normalizer: (ce_count, kl_count), 0-dim tensors or numbers in place of the number of valid
             rows (or their weight sum) and of distilled rows: for data-parallel training and
@@ -166,9 +172,6 @@ class Batch(NamedTuple):
     distill: Tensor | None  # (B,) bool
     T: int | None  # tokens of a sequence: rows = B·T; None: rows = B
 
-    def rows_of(self, samples: int) -> int:
-        return samples if self.T is None else samples * self.T
-
 
 class Lesson(NamedTuple):
     """What the cache says of one batch; the first five are fields of `LossArgs`."""
@@ -188,11 +191,13 @@ NO_LESSON = Lesson(None, 0, None, None, None, 0)
 
 
 class ChainStats(NamedTuple):
-    """Overlap rows since the start or the last `reset()`, as numbers."""
+    """Overlap rows (tokens, of sequences) since the start or the last `reset()`, as numbers."""
 
     matched: int  # distilled
     mismatched: int  # another sample than the cached row, found by the guard or by ids
-    skipped: int  # teacher not finite, label ignored, or a right row in a step that was dropped
+    # teacher not finite or dropped with its cache, label ignored (padding among them), masked by
+    # distill, or a right row in a step that was dropped
+    skipped: int
 
 
 class DLBLoss(nn.Module):
@@ -207,6 +212,14 @@ class DLBLoss(nn.Module):
     Args:
         temperature, alpha, weight, ignore_index, label_smoothing, normalizer, grad_scale, inplace,
             backend: as for `dlb_loss`; temperature and alpha may be given anew for each call.
+        temperature, alpha: also a callable of the number of optimizer steps so far (committed
+            training calls // lag; it outlives `reset()` and travels in the state), called at each
+            step. Under torch.compile and in CUDA graphs use a 0-dim tensor, and `fill_` it.
+        normalizer: also "global": the counts of all ranks of the default process group, divided by
+            their number, so that the mean of gradients that DDP takes is the gradient of the mean
+            over all rows, however unequal the ranks' shares. One all_reduce of two numbers in each
+            training call, which every rank must make (with an empty batch if need be); none in
+            other calls, where it is None, as it is without a process group.
         keep: "copy" (the kernel copies the fresh rows) or "view" (a reference to the logits: no
             copy, but they must not be written to, and the whole batch of logits stays in memory for
             a step).
@@ -217,6 +230,15 @@ class DLBLoss(nn.Module):
             backward are refused by autograd.
 
     The cache travels in `state_dict()`, not in buffers (data-parallel wrappers overwrite those).
+
+    Language models: logits (B, T, C) with labels (B, T). The overlap is whole sequences; the k-th
+    valid token (label not ignore_index) of a sequence is taught by the k-th valid token of the
+    cached one, so padding may differ. A sequence with another number of valid tokens, or another
+    label among them, is another sequence to the guard, also with ids (then it alone loses its KL).
+
+    Labels that are probabilities: the guard compares their largest classes, so both appearances of
+    a sample must have the same one. Mixed targets drawn anew have not: keep partner and ratio for
+    the second appearance, or mask those rows with `distill`.
 
     Example:
         >>> criterion = DLBLoss(temperature=3.0, alpha=1.0)
@@ -287,7 +309,7 @@ class DLBLoss(nn.Module):
         self._pending: list[Cache | None] = []  # of a call with commit=False
         self._pair: CachePair | None = None  # in place of _caches if capturable
         self._written_by: tuple[int, int] | None = None  # rank and world of a loaded state
-        self._calls = 0  # training calls that were committed, for schedules
+        self._calls = [0]  # committed training calls; in a list: nn.Module sets attributes slowly
         self._last: list[Tensor] = []  # loss and parts of the last call
         self._stats: Tensor | None = None
         self._watch = ChainWatch()
@@ -302,7 +324,7 @@ class DLBLoss(nn.Module):
         distill: Tensor | None = None,
         temperature: float | Tensor | None = None,
         alpha: float | Tensor | None = None,
-        commit: bool = True,
+        commit: bool | None = True,
     ) -> Tensor:
         """The loss of one batch, a 0-dim tensor.
 
@@ -317,7 +339,9 @@ class DLBLoss(nn.Module):
             distill: (B,) bool. Rows that are False neither learn from the cache nor teach later
                 (the gate for mixed rows); `stats()` counts them as skipped.
             temperature, alpha: in place of those of the constructor.
-            commit: False keeps the fresh rows pending until `commit()`.
+            commit: False keeps the fresh rows pending until `commit()`; None leaves no trace of the
+                call. A two-pass optimizer (SAM) passes False in the first pass and None in the
+                second, and calls `commit()` after its update.
 
         Raises:
             ValueError: the batch is smaller than its overlap, or a wrong shape; see `dlb_loss` for
@@ -336,7 +360,8 @@ class DLBLoss(nn.Module):
         if distill is not None:
             check_distill(distill, samples)
         batch = Batch(logits, labels, ids, distill, T)
-        training = self.training and torch.is_grad_enabled() and logits.requires_grad
+        need_grad = logits.requires_grad and torch.is_grad_enabled()
+        training = self.training and need_grad
         if self.training:
             refuse_export()
         lesson = NO_LESSON
@@ -344,6 +369,8 @@ class DLBLoss(nn.Module):
             refuse_recomputation()
             self._refuse_commit(commit)
             lesson = self._lesson(batch, overlap)
+            if commit is None:
+                lesson = lesson._replace(fresh=0)
         tau = self.temperature if temperature is None else temperature
         if type(tau) is not float:
             tau = self._setting("temperature", tau, batch, lesson, overlap)
@@ -363,11 +390,12 @@ class DLBLoss(nn.Module):
             self.grad_scale,
         )
         rows = rows_contiguous(logits)
-        need_grad = logits.requires_grad and torch.is_grad_enabled()
-        if self.inplace and need_grad:
+        inplace = self.inplace and need_grad
+        if inplace:
             check_inplace(logits, rows, lesson.last_logits, options[-1])
-        gradient = (need_grad, self.inplace and need_grad)
-        keep = (lesson.fresh, self.keep == "copy", self._stats if training else None, lesson.pair)
+        gradient = (need_grad, inplace)
+        remember = training and commit is not None
+        keep = (lesson.fresh, self.keep == "copy", self._stats if remember else None, lesson.pair)
         args = LossArgs(*(rows, labels.contiguous(), *lesson[:5], *options, *gradient, *keep))
         if is_global and training:
             args = with_global_counts(args, soft is not None)
@@ -376,7 +404,7 @@ class DLBLoss(nn.Module):
         else:
             loss, out = compute_soft(args, soft, self.backend)
         self._last[:] = loss.detach(), out.parts
-        if training:
+        if remember:
             self._remember(out, batch, lesson, commit)
         return loss
 
@@ -390,7 +418,7 @@ class DLBLoss(nn.Module):
                     f"{name} is a callable, which torch.compile would call once and never again: "
                     "use a 0-dim tensor and fill_ it before each step"
                 )
-            value = value(self._calls // self.lag)
+            value = value(self._calls[0] // self.lag)
         if not isinstance(value, Tensor) or value.dim() != 1:
             return value
         if lesson.overlap == 0:
@@ -421,11 +449,13 @@ class DLBLoss(nn.Module):
                 "call reset() when a new chain begins"
             )
         # A batch without fresh rows of its own begins a chain, or repeats the last one whole.
-        fresh = batch.rows_of(B if overlap is None and m == B else B - m)
+        fresh = B if overlap is None and m == B else B - m
+        if T is not None:
+            fresh *= T
         if cache is None or m == 0:
             return Lesson(None, 0, None, None, None, fresh)
         if T is not None:
-            return self._token_lesson(batch, cache, m, fresh)
+            return self._token_lesson(batch, cache, m, fresh, T)
         if ids is not None and cache.ids is not None:
             teacher_rows, skipped = match_rows(ids[:m], cache.ids), None
             if distill is not None:
@@ -440,7 +470,7 @@ class DLBLoss(nn.Module):
             valid = valid[:m] * distill[:m]
         return Lesson(last_logits, m, None, cache.labels, valid, fresh)
 
-    def _token_lesson(self, batch: Batch, cache: Cache, m: int, fresh: int) -> Lesson:
+    def _token_lesson(self, batch: Batch, cache: Cache, m: int, fresh: int, T: int) -> Lesson:
         """The same for the first m sequences."""
         sequences = None
         if batch.ids is not None and cache.ids is not None:
@@ -448,14 +478,13 @@ class DLBLoss(nn.Module):
         else:
             m = min(m, cache.labels.shape[0])
         teacher_rows, skipped = teacher_tokens(
-            batch.labels.view(-1, batch.T)[:m],  # type: ignore[arg-type]
+            batch.labels.view(-1, T)[:m],
             cache.labels,
             sequences,
             self.ignore_index,
             None if batch.distill is None else batch.distill[:m],
         )
-        overlap = batch.rows_of(m)
-        return Lesson(cache.logits, overlap, teacher_rows, None, cache.valid, fresh, None, skipped)
+        return Lesson(cache.logits, m * T, teacher_rows, None, cache.valid, fresh, None, skipped)
 
     def _teacher(self, batch: Batch, B: int) -> Cache | None:
         """The cache of `lag` calls ago, if it can teach this batch; else it is dropped with a
@@ -481,6 +510,8 @@ class DLBLoss(nn.Module):
         return cache.on(logits)
 
     def _drop(self, why: str) -> None:
+        if self._stats is not None:
+            self._stats[2] += sum(c.labels.numel() for c in self._caches if c is not None)
         self._caches.clear()
         if torch.compiler.is_compiling():  # which cannot trace a warning
             return
@@ -517,9 +548,11 @@ class DLBLoss(nn.Module):
                 slots[0].copy_(value)
         return pair
 
-    def _remember(self, out: LossOutputs, batch: Batch, lesson: Lesson, commit: bool) -> None:
+    def _remember(
+        self, out: LossOutputs, batch: Batch, lesson: Lesson, commit: bool | None
+    ) -> None:
         if self.capturable:
-            self._calls += 1
+            self._calls[0] += 1
         else:
             self._pending[:] = [self._new_cache(out, batch, lesson.fresh)]
             if commit:
@@ -540,7 +573,7 @@ class DLBLoss(nn.Module):
             labels = labels.view(n, T)
         if distill is not None:
             may_teach = distill[-n:]
-            valid = valid * (may_teach if T is None else may_teach.repeat_interleave(T))
+            valid = valid * (may_teach if T is None else each_token(may_teach, T))
         ids = None if ids is None else ids[-n:].clone()
         if kept is not None:
             return Cache(kept, labels, valid, ids, None)
@@ -556,7 +589,7 @@ class DLBLoss(nn.Module):
         self._caches[:] = [*self._caches, *self._pending][-self.lag :]
         self._pending.clear()
         if not torch.compiler.is_compiling():  # it would compile anew for each number
-            self._calls += 1
+            self._calls[0] += 1
 
     @property
     def parts(self) -> DLBParts:
@@ -586,9 +619,9 @@ class DLBLoss(nn.Module):
             torch.autograd.graph.increment_version(self._pair.logits)
         self._watch = ChainWatch(self._watch.warned)
 
-    def _refuse_commit(self, commit: bool) -> None:
+    def _refuse_commit(self, commit: bool | None) -> None:
         if not commit and (self.capturable or self.lag > 1):
-            raise ValueError("commit=False needs lag=1 and capturable=False")
+            raise ValueError(f"commit={commit} needs lag=1 and capturable=False")
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles own their cache."""
@@ -608,14 +641,14 @@ class DLBLoss(nn.Module):
             "lag": self.lag,
             "rank": rank,
             "world": world,
-            "calls": self._calls,
+            "calls": self._calls[0],
             "caches": states,
         }
 
     def set_extra_state(self, state: Any) -> None:
         caches = caches_from_state(state)
         self.reset()
-        self._calls = state.get("calls", 0) * self.lag // state["lag"]
+        self._calls[0] = state.get("calls", 0) * self.lag // state["lag"]
         if state["lag"] != self.lag:
             self._drop(f"it was written with lag={state['lag']}, this is lag={self.lag}")
             return

@@ -139,10 +139,15 @@ def _rows(args: LossArgs) -> _Rows:
         bad,
         taught,
         teacher.to(real),
-        torch.as_tensor(args.temperature, dtype=real, device=z.device),
-        torch.as_tensor(args.alpha, dtype=real, device=z.device),
+        _as_tensor(args.temperature, z, real),
+        _as_tensor(args.alpha, z, real),
         (matched, mismatched, m - matched - mismatched),
     )
+
+
+def _as_tensor(value: float | Tensor, z: Tensor, real: torch.dtype) -> Tensor:
+    """A number is filled in on the device: to copy it there, the host would wait."""
+    return value if isinstance(value, Tensor) else z.new_full((), value, dtype=real)
 
 
 def label_out_of_range(row: int, label: int, C: int, ignore_index: int) -> str:

@@ -60,7 +60,12 @@ def token_setting(name: str, value: float | Tensor, m: int, T: int) -> float | T
             f"{name} must be a float, a 0-dim tensor, or a tensor of shape ({m},), one for each "
             f"overlap sequence; got shape {tuple(value.shape)}"
         )
-    return value.repeat_interleave(T)
+    return each_token(value, T)
+
+
+def each_token(value: Tensor, T: int) -> Tensor:
+    """(n·T,) of (n,): the value of each sequence for its tokens."""
+    return value[:, None].expand(-1, T).reshape(-1)
 
 
 def teacher_tokens(
