@@ -35,6 +35,10 @@ class OverlapBatchSampler(BatchSampler):
         carry_over: the chain goes on over the border of epochs. False: each epoch begins a new
             chain; call `DLBLoss.reset()` with it.
         lag: 1, or the number of micro-batches under gradient accumulation (`DLBLoss(lag=...)`).
+        with_appearance: yield pairs (index, appearance), which the dataset's `__getitem__` gets in
+            place of an index: appearance 0 where the sample is fresh, 1 where it comes again. For
+            an augmentation with a seed: by (epoch, index, appearance) the two views differ, and can
+            be drawn again after a crash; by the index alone both would be the same picture.
 
     Raises:
         ValueError: a bad argument.
@@ -43,7 +47,9 @@ class OverlapBatchSampler(BatchSampler):
 
     Leaving an epoch early (`break`) and iterating again begins a new epoch, and its chain goes on
     from the last batch that was *drawn*. Loader workers draw ahead of the trainer, so with them
-    `DLBLoss` sees a break of the chain there. To go on from batch k, the last one used::
+    `DLBLoss` sees a break of the chain there, and a lasting one if the partial last chunk was drawn
+    (it then expects another number of overlap rows). Either begin a new chain, with `reset()` here
+    and of the criterion; or go on from batch k, the last one used::
 
         batches.load_state_dict(batches.state_dict(consumed=k))
 
@@ -66,6 +72,9 @@ class OverlapBatchSampler(BatchSampler):
         >>> resumed.load_state_dict(state)
         >>> list(resumed)
         [[0, 1, 2, 3], [2, 3, 4]]
+
+        >>> list(OverlapBatchSampler(range(3), batch_size=4, with_appearance=True))
+        [[(0, 0), (1, 0)], [(0, 1), (1, 1), (2, 0)]]
     """
 
     def __init__(
@@ -76,6 +85,7 @@ class OverlapBatchSampler(BatchSampler):
         *,
         carry_over: bool = True,
         lag: int = 1,
+        with_appearance: bool = False,
     ) -> None:
         if not isinstance(sampler, Iterable):
             raise TypeError(f"sampler must yield indices, got {type(sampler).__name__}")
@@ -86,11 +96,16 @@ class OverlapBatchSampler(BatchSampler):
             )
         if type(lag) is not int or lag < 1:
             raise ValueError(f"lag must be an int >= 1, got {lag!r}")
-        for name, value in (("drop_last", drop_last), ("carry_over", carry_over)):
+        switches = {
+            "drop_last": drop_last,
+            "carry_over": carry_over,
+            "with_appearance": with_appearance,
+        }
+        for name, value in switches.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         super().__init__(sampler, batch_size, drop_last)
-        self.carry_over, self.lag = carry_over, lag
+        self.carry_over, self.lag, self.with_appearance = carry_over, lag, with_appearance
         self._chunks: list[array[int]] = []  # fresh halves of the last `lag` batches, oldest first
         self._epoch: _Epoch | None = None  # the one begun last, or loaded and not yet begun
 
@@ -111,13 +126,13 @@ class OverlapBatchSampler(BatchSampler):
     def _length(self) -> int | None:
         return len(self.sampler) if isinstance(self.sampler, Sized) else None
 
-    def __iter__(self) -> Iterator[list[int]]:
-        itself: list[weakref.ref[Iterator[list[int]]]] = []
+    def __iter__(self) -> Iterator[list[Any]]:
+        itself: list[weakref.ref[Iterator[list[Any]]]] = []
         batches = self._draw(itself)
         itself.append(weakref.ref(batches))
         return batches
 
-    def _draw(self, itself: list[weakref.ref[Iterator[list[int]]]]) -> Iterator[list[int]]:
+    def _draw(self, itself: list[weakref.ref[Iterator[list[Any]]]]) -> Iterator[list[Any]]:
         epoch = self._begin()
         epoch.iterator = itself[0]
         while fresh := _indices(islice(epoch.source, self._half)):
@@ -128,13 +143,18 @@ class OverlapBatchSampler(BatchSampler):
             epoch.drawn += 1
             if epoch.chunks is not None:
                 epoch.chunks.append(fresh)
-            yield [*overlap, *fresh]
+            yield self._rows(overlap, fresh)
             if self._epoch is not epoch:
                 raise RuntimeError(
                     "this iteration of OverlapBatchSampler is over, since a newer one has begun or "
                     "a state was loaded: there is one chain, for one iteration at a time"
                 )
         epoch.exhausted = True
+
+    def _rows(self, overlap: Iterable[int], fresh: Iterable[int]) -> list[Any]:
+        if self.with_appearance:
+            return [*((index, 1) for index in overlap), *((index, 0) for index in fresh)]
+        return [*overlap, *fresh]
 
     def _begin(self) -> _Epoch:
         epoch = self._epoch
@@ -153,6 +173,11 @@ class OverlapBatchSampler(BatchSampler):
         """Passes the epoch on to `sampler`, if that has `set_epoch`."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+
+    def reset(self) -> None:
+        """Leaves the epoch under way and the chain: the next iteration begins anew with both. Call
+        `DLBLoss.reset()` with it."""
+        self._chunks, self._epoch = [], None
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
         """What is needed to go on after `consumed` batches of the current epoch.
@@ -278,7 +303,7 @@ class _Epoch:
         self.exhausted = False
         # None: not begun. Weak, since an iterator that ran out and still lives may belong to a
         # loader whose workers drew the last batches long before the trainer sees them.
-        self.iterator: weakref.ref[Iterator[list[int]]] | None = None
+        self.iterator: weakref.ref[Iterator[list[Any]]] | None = None
 
     def is_over(self) -> bool:
         """Whether the iterator ran out and nobody holds it: every batch that a loader drew ahead

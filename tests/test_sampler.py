@@ -250,6 +250,19 @@ def test_leaving_early() -> None:
     assert next(iter(sampler)) == [2, 3, 4, 5]
 
 
+def test_reset_leaves_the_epoch_and_the_chain() -> None:
+    sampler = OverlapBatchSampler(range(8), 4)
+    batches = iter(sampler)
+    next(batches), next(batches)
+    sampler.reset()
+    with pytest.raises(RuntimeError, match="this iteration of OverlapBatchSampler is over"):
+        next(batches)
+    assert list(sampler)[:2] == [[0, 1], [0, 1, 2, 3]]
+    sampler.load_state_dict(sampler.state_dict(consumed=0))
+    sampler.reset()
+    assert next(iter(sampler)) == [0, 1]
+
+
 def test_an_older_iteration_is_over() -> None:
     sampler = OverlapBatchSampler(range(8), 4)
     older = iter(sampler)
@@ -360,6 +373,131 @@ def test_the_loss_finds_an_unbroken_chain(lag: int) -> None:
     assert criterion.stats() == (overlaps - 3 * 23, 0, 0)
 
 
+class Appearances(Numbers):
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, at: tuple[int, int]) -> tuple[int, int]:  # type: ignore[override]
+        return at
+
+
+def check_training(
+    n: int, half: int, epochs: int, stop: tuple[int, int], workers: int, **options: bool
+) -> None:
+    """Batches as the trainer sees them, by the ids and appearances that come with the rows; after
+    `stop`, an epoch and a number of batches, from a new sampler with the state of the first."""
+
+    def new(seed: int) -> tuple[OverlapBatchSampler, DataLoader]:
+        inner = random_sampler(n, seed)
+        sampler = OverlapBatchSampler(inner, 2 * half, with_appearance=True, **options)
+        data = Appearances(n)
+        return sampler, DataLoader(data, batch_sampler=sampler, num_workers=workers)
+
+    sampler, loader = new(seed=0)
+    criterion = DLBLoss(backend="eager")
+    length = n // half if options["drop_last"] else math.ceil(n / half)
+    stop_epoch, stop_batch = stop[0], stop[1] % (length + 1)
+    last: list[int] = []
+    for epoch in range(epochs):
+        if not options["carry_over"]:
+            last = []
+            criterion.reset()
+        fresh: list[int] = []
+        batches = iter(loader)
+        for k in range(length):
+            if (epoch, k) == (stop_epoch, stop_batch) and k > 0:
+                state = sampler.state_dict(consumed=k)
+                sampler, loader = new(seed=1)
+                sampler.load_state_dict(state)
+                batches = iter(loader)
+            ids, appearances = next(batches)
+            m = len(last)
+            assert ids[:m].tolist() == last
+            assert appearances.tolist() == [1] * m + [0] * (len(ids) - m)
+            criterion(torch.randn(len(ids), n, requires_grad=True), ids, ids)
+            assert criterion.parts.kl_count == m
+            last = ids[m:].tolist()
+            assert len(last) == half or (k == length - 1 and len(last) == n % half)
+            fresh += last
+        assert next(batches, None) is None
+        assert len(set(fresh)) == len(fresh) == (n - n % half if options["drop_last"] else n)
+    assert criterion.stats()[1:] == (0, 0)
+
+
+@pytest.mark.filterwarnings(FEW_CORES)
+@pytest.mark.parametrize("workers, examples", [(0, 100), (2, 15)])
+def test_the_trainer_sees_a_right_chain(workers: int, examples: int) -> None:
+    """Also at the end of epochs: partial chunks, workers that draw ahead, a resumed run."""
+
+    @settings(max_examples=examples, derandomize=True, deadline=None)
+    @given(
+        n=st.integers(1, 30),
+        half=st.integers(1, 9),
+        epochs=st.integers(2, 3),
+        stop=st.tuples(st.integers(0, 2), st.integers(0, 30)),
+        drop_last=st.booleans(),
+        carry_over=st.booleans(),
+    )
+    def check(**case: Any) -> None:
+        check_training(workers=workers, **case)
+
+    check()
+
+
+@pytest.mark.filterwarnings(FEW_CORES)
+@pytest.mark.parametrize("n", [22, 23, 24])  # a partial last chunk of 2, of 3, none
+@pytest.mark.parametrize("carry_over", [True, False])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_the_end_of_an_epoch_with_workers(n: int, drop_last: bool, carry_over: bool) -> None:
+    for stop in (0, 5, 6):
+        check_training(n, 4, 3, (1, stop), workers=2, drop_last=drop_last, carry_over=carry_over)
+
+
+@pytest.mark.filterwarnings(FEW_CORES, "ignore:DLBLoss found rows:RuntimeWarning")
+@pytest.mark.parametrize("remedy", ["reset", "state", "overlap", None])
+def test_leaving_early_with_workers(remedy: str | None) -> None:
+    """The workers have drawn the partial last chunk, which the trainer never sees."""
+    sampler = OverlapBatchSampler(random_sampler(23), 8, with_appearance=True)
+    loader = DataLoader(Appearances(23), batch_sampler=sampler, num_workers=2)
+    criterion = DLBLoss(backend="eager")
+    distilled: list[list[int]] = []
+    for epoch in range(4):
+        distilled.append([])
+        for k, (ids, appearances) in enumerate(loader):
+            overlap = int(appearances.sum()) if remedy == "overlap" else None
+            criterion(torch.randn(len(ids), 23, requires_grad=True), ids, overlap=overlap)
+            distilled[-1].append(int(criterion.parts.kl_count))
+            if epoch == 1 and k == 2:
+                break
+        if epoch == 1 and remedy == "reset":
+            sampler.reset()
+            criterion.reset()
+        elif epoch == 1 and remedy == "state":
+            sampler.load_state_dict(sampler.state_dict(consumed=3))
+    assert distilled[:2] == [[0, 4, 4, 4, 4, 4], [3, 4, 4]]
+    assert (
+        distilled[2:]
+        == {
+            "reset": [[0, 4, 4, 4, 4, 4], [3, 4, 4, 4, 4, 4]],
+            "state": [[4, 4, 4], [3, 4, 4, 4, 4, 4]],
+            "overlap": [[0, 4, 4, 4, 4, 4], [3, 4, 4, 4, 4, 4]],
+            None: [[0] * 6, [0] * 6],
+        }[remedy]
+    )
+    assert remedy is not None or criterion.stats().mismatched > 0
+
+
+def test_appearances() -> None:
+    sampler = OverlapBatchSampler(range(5), 4, lag=2, with_appearance=True)
+    assert list(sampler) == [[(0, 0), (1, 0)], [(2, 0), (3, 0)], [(0, 1), (1, 1), (4, 0)]]
+    plain = OverlapBatchSampler(range(5), 4, lag=2)
+    plain.load_state_dict(sampler.state_dict())  # what is yielded is no part of the state
+    assert list(plain) == [[i for i, _ in batch] for batch in sampler]
+
+
 # Bad input
 
 
@@ -380,7 +518,7 @@ def test_bad_lag(lag: Any) -> None:
         OverlapBatchSampler(range(8), 4, lag=lag)
 
 
-@pytest.mark.parametrize("name", ["drop_last", "carry_over"])
+@pytest.mark.parametrize("name", ["drop_last", "carry_over", "with_appearance"])
 def test_bad_switch(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be True or False, got 1"):
         OverlapBatchSampler(range(8), 4, **{name: 1})
