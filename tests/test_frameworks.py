@@ -157,3 +157,16 @@ def test_hf_trainer(tmp_path: Path) -> None:
 def test_examples_are_short(path: Path) -> None:
     if path.name != "train_digits.py":
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+def test_each_trap_is_shown_by_a_test_that_exists() -> None:
+    """The table in examples/README.md."""
+    _, _, table = (EXAMPLES / "README.md").read_text(encoding="utf-8").partition("## Traps")
+    rows = table.strip().splitlines()[2:]
+    assert len(rows) > 25
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.split(" | ")[-1])
+        assert named, row
+        for file, test in named:
+            source = (EXAMPLES.parent / "tests" / file).read_text(encoding="utf-8")
+            assert f"\ndef {test}(" in source, (file, test)
