@@ -1,5 +1,6 @@
 """What one of two ranks of test_frameworks.py does: Accelerate, the Trainer and Lightning, each
-with gradient accumulation over two micro-batches, a checkpoint in mid-epoch, and a resume."""
+with gradient accumulation over two micro-batches, checkpoints at the end of an epoch and in the
+middle of the next, and a resume from both."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from dlb_fused.integrations.accelerate import overlap_loader
 from dlb_fused.integrations.lightning import DLBCallback
 from dlb_fused.integrations.transformers import DLBTrainer
 
-EPOCHS, STOP = 2, 14  # STOP: micro-batches before the checkpoint, 10 an epoch
+EPOCHS, STOPS = 2, (10, 14)  # micro-batches before the checkpoints, 10 an epoch
 Run = dict[str, Any]
 
 
@@ -68,13 +69,14 @@ def resharded(split_batches: bool) -> Run:
 def with_accelerate(folder: Path) -> dict[str, Any]:
     found = {"resharded": resharded(False), "split": resharded(True)}
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    for name in ("whole", "resumed"):
-        found[name] = accelerate_run(accelerator, folder / "accelerate", resume=name == "resumed")
+    found["whole"] = accelerate_run(accelerator, folder, None)
+    for stop in STOPS:
+        found[f"from {stop}"] = accelerate_run(accelerator, folder, stop)
     found["refusal"] = refusal(lambda: overlap_loader(accelerator, make_data(2), DLBLoss(), 8))
     return found
 
 
-def accelerate_run(accelerator: Accelerator, folder: Path, resume: bool) -> Run:
+def accelerate_run(accelerator: Accelerator, folder: Path, resume: int | None) -> Run:
     accelerator.free_memory()
     criterion, run = DLBLoss(lag=2), new_run()
     loader = overlap_loader(accelerator, make_data(2), criterion, 2 * HALF, seed=3, num_workers=2)
@@ -82,8 +84,8 @@ def accelerate_run(accelerator: Accelerator, folder: Path, resume: bool) -> Run:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     model, optimizer, prepared = accelerator.prepare(model, optimizer, loader)
     assert prepared is loader
-    if resume:
-        accelerator.load_state(folder)
+    if resume is not None:
+        accelerator.load_state(folder / f"accelerate {resume}")
     for _ in range(loader.iteration, EPOCHS):
         for x, labels, ids in loader:
             with accelerator.accumulate(model):
@@ -92,8 +94,8 @@ def accelerate_run(accelerator: Accelerator, folder: Path, resume: bool) -> Run:
                 optimizer.step()
                 optimizer.zero_grad()
             note(run, criterion, ids)
-            if not resume and len(run["batches"]) == STOP:
-                accelerator.save_state(folder)
+            if resume is None and len(run["batches"]) in STOPS:
+                accelerator.save_state(folder / f"accelerate {len(run['batches'])}")
     return run
 
 
@@ -145,7 +147,7 @@ def make_trainer(folder: Path, criterion: DLBLoss, **options: Any) -> NotingTrai
     settings: dict[str, Any] = {
         "output_dir": str(folder), "per_device_train_batch_size": 2 * HALF, "use_cpu": True,
         "num_train_epochs": EPOCHS, "gradient_accumulation_steps": 2, "learning_rate": 0.01,
-        "save_strategy": "steps", "save_steps": STOP // 2, "logging_steps": 5, "disable_tqdm": True,
+        "save_strategy": "steps", "save_steps": 1, "logging_steps": 5, "disable_tqdm": True,
         "eval_strategy": "steps", "eval_steps": 3, "report_to": [], **options,
     }  # fmt: skip
     return NotingTrainer(
@@ -161,12 +163,14 @@ def make_trainer(folder: Path, criterion: DLBLoss, **options: Any) -> NotingTrai
 def with_trainer(folder: Path) -> dict[str, Any]:
     trainer = make_trainer(folder / "trainer", DLBLoss(lag=2))
     trainer.train()
-    resumed = make_trainer(folder / "trainer", DLBLoss(lag=2))
-    resumed.train(resume_from_checkpoint=str(folder / "trainer" / f"checkpoint-{STOP // 2}"))
+    found = {"whole": trainer.run}
+    for stop in STOPS:
+        resumed = make_trainer(folder / "trainer resumed", DLBLoss(lag=2))
+        resumed.train(resume_from_checkpoint=str(folder / f"trainer/checkpoint-{stop // 2}"))
+        found[f"from {stop}"] = resumed.run
     smooth = {"label_smoothing_factor": 0.1}
     return {
-        "whole": trainer.run,
-        "resumed": resumed.run,
+        **found,
         "columns": trainer.columns,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "eval_loss": [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
@@ -217,13 +221,17 @@ def fit(module: LightningModule, *callbacks: Any, resume: Path | None = None, **
 
 
 def with_lightning(folder: Path) -> dict[str, Any]:
-    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=STOP // 2, save_top_k=-1)
-    module, resumed = Module(), Module()
+    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    module = Module()
     fit(module, keep)
     sampler = module.trainer.train_dataloader.batch_sampler
-    found = {"sampler": (type(sampler).__name__, type(sampler.sampler).__name__, sampler.lag)}
-    fit(resumed, resume=folder / f"step={STOP // 2}.ckpt")
-    found |= {"whole": module.run, "resumed": resumed.run}
+    found: dict[str, Any] = {}
+    found["sampler"] = (type(sampler).__name__, type(sampler.sampler).__name__, sampler.lag)
+    found["whole"] = module.run
+    for stop in STOPS:
+        module = Module()
+        fit(module, resume=folder / f"step={stop // 2}.ckpt")
+        found[f"from {stop}"] = module.run
 
     scheduler = GradientAccumulationScheduler({0: 2, 1: 1})
     found["lag"] = refusal(lambda: fit(Module(), accumulate_grad_batches=1))

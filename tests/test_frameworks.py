@@ -35,15 +35,16 @@ def test_each_rank_has_its_own_chain(framework: str, two: list[dict[str, Any]]) 
         assert sorted(fresh) == list(range(80))  # distinct on each rank
 
 
+@pytest.mark.parametrize("stop", [10, 14])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_resume_in_mid_epoch_continues_the_chain(framework: str, two: list[dict[str, Any]]) -> None:
-    """Each rank has its own cache and position back, to the bit."""
-    runs = [rank[framework] for rank in two]
-    for run in runs:
-        whole, resumed = run["whole"], run["resumed"]
-        assert resumed["batches"] == whole["batches"][14:]
-        assert resumed["kl"] == whole["kl"][14:] and min(resumed["kl"]) > 0
-    assert runs[0]["resumed"]["kl"] != runs[1]["resumed"]["kl"]
+def test_resume_continues_the_chain(framework: str, stop: int, two: list[dict[str, Any]]) -> None:
+    """From the end of an epoch and from the middle of the next; to the bit, on each rank."""
+    first, second = (rank[framework][f"from {stop}"] for rank in two)
+    for rank, resumed in zip(two, (first, second), strict=True):
+        whole = rank[framework]["whole"]
+        assert resumed["batches"] == whole["batches"][stop:]
+        assert resumed["kl"] == whole["kl"][stop:] and min(resumed["kl"]) > 0
+    assert first["kl"] != second["kl"]
 
 
 @pytest.mark.parametrize("way", ["resharded", "split"])

@@ -51,7 +51,9 @@ class DLBCallback(lightning.Callback):
         state = states[rank] if rank < len(states) else None
         if load_rank_state(state, criterion, batches) and state is not None:
             self._consumed = state["batches"]["consumed"]
-        # Lightning has begun an iteration before any hook, of which workers have drawn batches.
+        # Lightning has begun an iteration before any hook, and workers have drawn batches of it: of
+        # the old state, and of epoch 0.
+        batches.set_epoch(trainer.current_epoch)
         iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def on_train_batch_start(
