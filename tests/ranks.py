@@ -24,18 +24,23 @@ def environment() -> dict[str, str]:
 
 
 def start(*command: str | Path, cwd: Path) -> str:
-    """What a Python program prints, errors too."""
-    done = subprocess.run(
+    """What a Python program prints, errors too. If it hangs, it is ended."""
+    process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
-        timeout=300,
     )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    try:
+        out, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # upon which torchrun ends its workers; killed, it would leave them
+        out, _ = process.communicate()
+        raise AssertionError(f"no end after 180 seconds:\n{out}") from None
+    assert process.returncode == 0, out
+    return out
 
 
 def torchrun(ranks: int, *command: str | Path, cwd: Path) -> str:
