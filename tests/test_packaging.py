@@ -85,7 +85,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiled_in(wheel: Path) -> set[str]:
     """What the wheel holds besides the package's Python files, up to the first dot."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {f"dlb_fused/{path.name}" for path in (ROOT / "dlb_fused").glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dlb_fused").rglob("*.py")}
     assert modules <= names
     return {name.partition(".")[0] for name in names - modules - {"dlb_fused/py.typed"}}
 
