@@ -190,6 +190,7 @@ class Batch(NamedTuple):
     ids: Tensor | None  # (B,) int64
     distill: Tensor | None  # (B,) bool
     T: int | None  # tokens of a sequence: rows = B·T; None: rows = B
+    soft: Tensor | None  # (B, C) probabilities, of which labels are the largest
 
 
 class Lesson(NamedTuple):
@@ -289,37 +290,8 @@ class DLBLoss(nn.Module):
         distill_ignored: bool = False,
     ) -> None:
         super().__init__()
-        if keep not in ("copy", "view"):
-            raise ValueError(f"keep must be 'copy' or 'view', got {keep!r}")
-        if type(lag) is not int or lag < 1:
-            raise ValueError(f"lag must be an int >= 1, got {lag!r}")
-        if inplace and keep == "view":
-            raise ValueError("inplace=True overwrites the logits that keep='view' would keep")
-        if isinstance(normalizer, str) and normalizer != "global":
-            raise ValueError(
-                f"normalizer must be None, 'global' or a pair (ce_count, kl_count), "
-                f"got {normalizer!r}"
-            )
-        if capturable and (keep == "view" or lag > 1 or normalizer == "global"):
-            raise ValueError(
-                "capturable=True needs keep='copy' and lag=1, and cannot count for "
-                "normalizer='global'"
-            )
-        if backend != "auto":
-            backends.load(backend)
-        for name, value in (("temperature", temperature), ("alpha", alpha)):
-            if callable(value):
-                if capturable:
-                    raise ValueError(
-                        f"capturable=True replays the {name} it has captured, not a callable: "
-                        "use a 0-dim tensor and fill_ it"
-                    )
-            elif not isinstance(value, Tensor):
-                check_number(name, value)
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
-        check_ignore_index(ignore_index)
-        check_label_smoothing(label_smoothing)
         self.temperature, self.alpha = temperature, alpha
         self.weight: Tensor | None
         self.register_buffer("weight", weight)
@@ -327,8 +299,8 @@ class DLBLoss(nn.Module):
         self.normalizer, self.grad_scale = normalizer, grad_scale
         self.inplace, self.backend = inplace, backend
         self.keep, self.lag, self.capturable = keep, lag, capturable
-        check_flag("distill_ignored", distill_ignored)
         self.distill_ignored = distill_ignored
+        self._check_settings()
         self._caches: list[Cache | None] = []  # oldest first, at most `lag` of them
         self._pending: list[Cache | None] = []  # of a call with commit=False
         self._pair: CachePair | None = None  # in place of _caches if capturable
@@ -337,6 +309,38 @@ class DLBLoss(nn.Module):
         self._last: list[Tensor] = []  # loss and parts of the last call
         self._stats: Tensor | None = None
         self._watch = ChainWatch()
+
+    def _check_settings(self) -> None:
+        if self.keep not in ("copy", "view"):
+            raise ValueError(f"keep must be 'copy' or 'view', got {self.keep!r}")
+        if type(self.lag) is not int or self.lag < 1:
+            raise ValueError(f"lag must be an int >= 1, got {self.lag!r}")
+        if self.inplace and self.keep == "view":
+            raise ValueError("inplace=True overwrites the logits that keep='view' would keep")
+        if isinstance(self.normalizer, str) and self.normalizer != "global":
+            raise ValueError(
+                f"normalizer must be None, 'global' or a pair (ce_count, kl_count), "
+                f"got {self.normalizer!r}"
+            )
+        if self.capturable and (self.keep == "view" or self.lag > 1 or self.normalizer == "global"):
+            raise ValueError(
+                "capturable=True needs keep='copy' and lag=1, and cannot count for "
+                "normalizer='global'"
+            )
+        if self.backend != "auto":
+            backends.load(self.backend)
+        for name, value in (("temperature", self.temperature), ("alpha", self.alpha)):
+            if callable(value):
+                if self.capturable:
+                    raise ValueError(
+                        f"capturable=True replays the {name} it has captured, not a callable: "
+                        "use a 0-dim tensor and fill_ it"
+                    )
+            elif not isinstance(value, Tensor):
+                check_number(name, value)
+        check_ignore_index(self.ignore_index)
+        check_label_smoothing(self.label_smoothing)
+        check_flag("distill_ignored", self.distill_ignored)
 
     def forward(
         self,
@@ -374,22 +378,7 @@ class DLBLoss(nn.Module):
             ValueError: the batch is smaller than its overlap, or a wrong shape; see `dlb_loss` for
                 the others.
         """
-        samples, soft, T = logits, None, None
-        if isinstance(labels, Tensor) and labels.dim() == 2:
-            refuse_second_label(labels, labels_b, lam)
-            if labels.is_floating_point():
-                soft, labels = labels, hard_labels(logits, labels, self.inplace)
-            else:
-                if self.distill_ignored:
-                    raise ValueError("distill_ignored=True takes logits (B, C), got (B, T, C)")
-                logits, labels = flatten_sequences(logits, labels)
-                T = samples.shape[1]
-        check_logits(logits, labels)
-        if ids is not None:
-            check_ids(ids, samples)
-        if distill is not None:
-            check_distill(distill, samples)
-        batch = Batch(logits, labels, ids, distill, T)
+        batch = self._as_rows(logits, labels, ids, distill, labels_b, lam)
         need_grad = logits.requires_grad and torch.is_grad_enabled()
         training = self.training and need_grad
         if self.training:
@@ -407,39 +396,78 @@ class DLBLoss(nn.Module):
         kl_weight = self.alpha if alpha is None else alpha
         if type(kl_weight) is not float:
             kl_weight = self._setting("alpha", kl_weight, batch, lesson, overlap)
-        is_global = self.normalizer == "global"
+        remember = training and commit is not None
+        args = self._arguments(batch, lesson, tau, kl_weight, need_grad, remember)
+        if not (labels_b is lam is None and self.distill_ignored is False):
+            second = check_labels_b(batch.logits, labels_b, lam)
+            args = args._replace(**second, distill_ignored=self.distill_ignored)
+        soft = batch.soft
+        if training and self.normalizer == "global":
+            args = with_global_counts(args, soft is not None)
+        loss, out = (
+            compute(args, self.backend) if soft is None else compute_soft(args, soft, self.backend)
+        )
+        self._last[:] = loss.detach(), out.parts
+        if remember:
+            self._remember(out, batch, lesson, commit)
+        return loss
+
+    def _as_rows(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ids: Tensor | None,
+        distill: Tensor | None,
+        labels_b: Tensor | None,
+        lam: float | Tensor | None,
+    ) -> Batch:
+        """The batch, whatever its form; checked, but for labels_b and lam."""
+        rows, soft, T = logits, None, None
+        if isinstance(labels, Tensor) and labels.dim() == 2:
+            refuse_second_label(labels, labels_b, lam)
+            if labels.is_floating_point():
+                soft, labels = labels, hard_labels(logits, labels, self.inplace)
+            else:
+                if self.distill_ignored:
+                    raise ValueError("distill_ignored=True takes logits (B, C), got (B, T, C)")
+                rows, labels = flatten_sequences(logits, labels)
+                T = logits.shape[1]
+        check_logits(rows, labels)
+        if ids is not None:
+            check_ids(ids, logits)
+        if distill is not None:
+            check_distill(distill, logits)
+        return Batch(rows, labels, ids, distill, T, soft)
+
+    def _arguments(
+        self,
+        batch: Batch,
+        lesson: Lesson,
+        temperature: float | Tensor,
+        alpha: float | Tensor,
+        need_grad: bool,
+        count: bool,
+    ) -> LossArgs:
+        """What the kernel gets. count: it adds the overlap rows to the statistics."""
+        logits = batch.logits
         options = check_options(
             logits,
             lesson.overlap,
             self.weight,
-            self.ignore_index if soft is None else -100,
+            self.ignore_index if batch.soft is None else -100,
             self.label_smoothing,
-            tau,
-            kl_weight,
-            None if is_global else self.normalizer,  # type: ignore[arg-type]
+            temperature,
+            alpha,
+            None if self.normalizer == "global" else self.normalizer,  # type: ignore[arg-type]
             self.grad_scale,
         )
         rows = rows_contiguous(logits)
         inplace = self.inplace and need_grad
         if inplace:
             check_inplace(logits, rows, lesson.last_logits, options[-1])
-        gradient = (need_grad, inplace)
-        remember = training and commit is not None
-        keep = (lesson.fresh, self.keep == "copy", self._stats if remember else None, lesson.pair)
-        args = LossArgs(*(rows, labels.contiguous(), *lesson[:5], *options, *gradient, *keep))
-        if not (labels_b is lam is None and self.distill_ignored is False):
-            second = check_labels_b(logits, labels_b, lam)
-            args = args._replace(**second, distill_ignored=self.distill_ignored)
-        if is_global and training:
-            args = with_global_counts(args, soft is not None)
-        if soft is None:
-            loss, out = compute(args, self.backend)
-        else:
-            loss, out = compute_soft(args, soft, self.backend)
-        self._last[:] = loss.detach(), out.parts
-        if remember:
-            self._remember(out, batch, lesson, commit)
-        return loss
+        keep = (lesson.fresh, self.keep == "copy", self._stats if count else None, lesson.pair)
+        labels = batch.labels.contiguous()
+        return LossArgs(*(rows, labels, *lesson[:5], *options, need_grad, inplace, *keep))
 
     def _setting(
         self, name: str, value: Setting, batch: Batch, lesson: Lesson, overlap: int | None
@@ -462,7 +490,7 @@ class DLBLoss(nn.Module):
 
     def _lesson(self, batch: Batch, overlap: int | None) -> Lesson:
         """Which rows are taught by which of the cache, and how many are fresh."""
-        logits, _, ids, distill, T = batch
+        logits, _, ids, distill, T, _ = batch
         if self._stats is None or self._stats.device != logits.device:
             self._stats = torch.zeros(3, dtype=torch.int64, device=logits.device)
         B = logits.shape[0] if T is None else logits.shape[0] // T
@@ -602,7 +630,7 @@ class DLBLoss(nn.Module):
         *_, kept, labels, valid = out
         if labels is None or valid is None:  # no fresh row
             return None
-        _, _, ids, distill, T = batch
+        _, _, ids, distill, T, _ = batch
         n = fresh if T is None else fresh // T
         if T is not None:
             labels = labels.view(n, T)
