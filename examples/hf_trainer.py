@@ -1,6 +1,6 @@
 """DLB with the Hugging Face Trainer: a tiny GPT-2 from scratch learns the bytes of the README.
 
-[torchrun --nproc-per-node 2] python examples/hf_trainer.py [--epochs 2] [--out FOLDER] [--resume]
+python examples/hf_trainer.py [--epochs 2] [--out FOLDER] [--resume]; also under torchrun
 """
 
 import argparse

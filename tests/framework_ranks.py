@@ -168,7 +168,9 @@ def with_trainer(folder: Path) -> dict[str, Any]:
         resumed = make_trainer(folder / "trainer resumed", DLBLoss(lag=2))
         resumed.train(resume_from_checkpoint=str(folder / f"trainer/checkpoint-{stop // 2}"))
         found[f"from {stop}"] = resumed.run
-    smooth = {"label_smoothing_factor": 0.1}
+    smooth, sequential = {"label_smoothing_factor": 0.1}, {"train_sampling_strategy": "sequential"}
+    batch = {name: column[None] for name, column in Sentences()[0].items()}
+    batch.pop("number")
     return {
         **found,
         "columns": trainer.columns,
@@ -176,6 +178,8 @@ def with_trainer(folder: Path) -> dict[str, Any]:
         "eval_loss": [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
         "refusal": refusal(lambda: make_trainer(folder, DLBLoss())),
         "smoothing": refusal(lambda: make_trainer(folder, DLBLoss(lag=2), **smooth)),
+        "strategy": refusal(lambda: make_trainer(folder, DLBLoss(lag=2), **sequential)),
+        "ids": refusal(lambda: trainer.compute_loss(trainer.model.train(), batch)),
     }
 
 

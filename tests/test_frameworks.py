@@ -68,6 +68,10 @@ REFUSALS = {
     "gradient_accumulation_steps=2): " + LAG.format(2, ""),
     ("trainer", "smoothing"): "label_smoothing_factor must be 0, got 0.1: use "
     "DLBLoss(label_smoothing=...)",
+    ("trainer", "strategy"): "train_sampling_strategy must be 'random', got 'sequential': each "
+    "process draws from its own shuffled share of the samples",
+    ("trainer", "ids"): "a batch must have ['labels', 'number'], got ['input_ids', 'labels', "
+    "'unused']",
     ("lightning", "lag"): "DLBLoss(lag=2) and OverlapBatchSampler(lag=2) do not fit Trainer("
     "accumulate_grad_batches=1): " + LAG.format(1, "in both, "),
     ("lightning", "schedule"): "DLBLoss(lag=2) and OverlapBatchSampler(lag=2) do not fit Trainer("

@@ -37,8 +37,9 @@ class DLBTrainer(Trainer):
             rows. It is kept in spite of `remove_unused_columns`, and not given to the model.
 
     Raises:
-        ValueError: `criterion.lag` does not fit, `label_smoothing_factor` is set, or the
-            train_dataset has no length.
+        ValueError: `criterion.lag` does not fit; `label_smoothing_factor` or another
+            `train_sampling_strategy` than "random" is set; the train_dataset has no length; a batch
+            has no labels, or in training no ids.
     """
 
     def __init__(self, *args: Any, criterion: DLBLoss, ids: str | None = None, **options: Any):
@@ -46,6 +47,14 @@ class DLBTrainer(Trainer):
         self._batches: OverlapBatchSampler | None = None
         self._resume: Path | None = None
         super().__init__(*args, **options)
+        self._check_settings(criterion)
+        self.criterion = criterion.to(self.args.device)
+        # So that the trainer divides by the number of micro-batches; which of the two attributes
+        # it asks depends on its version.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
+        self.add_callback(SaveChain(self))
+
+    def _check_settings(self, criterion: DLBLoss) -> None:
         steps = self.args.gradient_accumulation_steps
         if criterion.lag != steps:
             raise ValueError(
@@ -58,11 +67,12 @@ class DLBTrainer(Trainer):
                 "label_smoothing_factor must be 0, got "
                 f"{self.args.label_smoothing_factor}: use DLBLoss(label_smoothing=...)"
             )
-        self.criterion = criterion.to(self.args.device)
-        # So that the trainer divides by the number of micro-batches; which of the two attributes
-        # it asks depends on its version.
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
-        self.add_callback(SaveChain(self))
+        if self.args.train_sampling_strategy != "random":
+            raise ValueError(
+                "train_sampling_strategy must be 'random', got "
+                f"{self.args.train_sampling_strategy!r}: each process draws from its own shuffled "
+                "share of the samples"
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -84,6 +94,7 @@ class DLBTrainer(Trainer):
         self._batches = OverlapBatchSampler(
             shard, self._train_batch_size, args.dataloader_drop_last, lag=self.criterion.lag
         )
+        self.criterion.reset()
         if self._resume is not None:
             path = self._resume / self._state_name()
             state = torch.load(path, "cpu", weights_only=True) if path.exists() else None
@@ -107,15 +118,18 @@ class DLBTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         inputs = dict(inputs)
-        labels, ids = inputs.pop("labels"), None
-        if self.ids is not None:
-            ids = inputs.pop(self.ids)
+        needed = {"labels", self.ids} if model.training and self.ids is not None else {"labels"}
+        if not needed <= inputs.keys():
+            raise ValueError(f"a batch must have {sorted(needed)}, got {sorted(inputs)}")
+        labels, ids = inputs.pop("labels"), inputs.pop(self.ids, None)
         outputs = model(**inputs)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if self._is_causal():
             labels = F.pad(labels[:, 1:], (0, 1), value=self.criterion.ignore_index)
         self.criterion.train(model.training)
         loss = self.criterion(logits, labels, ids)
+        if not isinstance(outputs, dict):  # of tuples, the trainer takes the first for the loss
+            outputs = (loss, *outputs)
         return (loss, outputs) if return_outputs else loss
 
     def _is_causal(self) -> bool:
@@ -137,7 +151,6 @@ class DLBTrainer(Trainer):
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
-        self.criterion.reset()
         self._resume = Path(folder) if folder else None
         try:
             return super().train(resume_from_checkpoint, *args, **options)
