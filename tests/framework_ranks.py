@@ -138,7 +138,20 @@ class NotingTrainer(DLBTrainer):
         return result
 
 
-def make_trainer(folder: Path, criterion: DLBLoss, **options: Any) -> NotingTrainer:
+class Bare(nn.Module):
+    """It knows no labels and returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 30)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        return (self.embedding(input_ids),)
+
+
+def make_trainer(
+    folder: Path, criterion: DLBLoss, model: nn.Module | None = None, **options: Any
+) -> NotingTrainer:
     torch.manual_seed(4)
     config = GPT2Config(
         vocab_size=30, n_positions=8, n_embd=16, n_layer=2, n_head=2,
@@ -151,7 +164,7 @@ def make_trainer(folder: Path, criterion: DLBLoss, **options: Any) -> NotingTrai
         "eval_strategy": "steps", "eval_steps": 3, "report_to": [], **options,
     }  # fmt: skip
     return NotingTrainer(
-        model=GPT2LMHeadModel(config),
+        model=GPT2LMHeadModel(config) if model is None else model,
         args=TrainingArguments(**settings),
         train_dataset=Sentences(),
         eval_dataset=Sentences(),
@@ -171,11 +184,18 @@ def with_trainer(folder: Path) -> dict[str, Any]:
     smooth, sequential = {"label_smoothing_factor": 0.1}, {"train_sampling_strategy": "sequential"}
     batch = {name: column[None] for name, column in Sentences()[0].items()}
     batch.pop("number")
+    bare = make_trainer(folder / "bare", DLBLoss(lag=2), Bare())
+    bare.train()
+    predicted = bare.predict(Sentences())
     return {
         **found,
         "columns": trainer.columns,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "eval_loss": [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
+        "bare": (
+            bare.run["kl"],
+            (predicted.predictions.shape, float(predicted.metrics["test_loss"])),
+        ),
         "refusal": refusal(lambda: make_trainer(folder, DLBLoss())),
         "smoothing": refusal(lambda: make_trainer(folder, DLBLoss(lag=2), **smooth)),
         "strategy": refusal(lambda: make_trainer(folder, DLBLoss(lag=2), **sequential)),

@@ -109,6 +109,13 @@ def test_trainer_keeps_the_ids_and_logs_the_parts(two: list[dict[str, Any]]) -> 
         assert len(found["eval_loss"]) == 4 and found["eval_loss"][-1] < found["eval_loss"][0]
 
 
+def test_trainer_takes_a_model_without_labels_and_with_tuples(two: list[dict[str, Any]]) -> None:
+    for found in (rank["trainer"] for rank in two):
+        kl, (shape, loss) = found["bare"]
+        assert len(kl) == 20 and min(kl[2:]) > 0
+        assert shape == (80, 7, 30) and loss > 0
+
+
 def test_import_is_lazy() -> None:
     """`import dlb_fused` brings none of the frameworks with it."""
     names = "accelerate", "lightning", "transformers"

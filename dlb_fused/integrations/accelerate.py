@@ -45,6 +45,7 @@ def overlap_loader(
         loader_options: for `DataLoader`, such as num_workers and pin_memory.
 
     Raises:
+        TypeError: `criterion` is no `DLBLoss`, or `dataset` has no length.
         ValueError: `criterion.lag` does not fit, or `batch_size` is odd.
 
     Equivalent to, apart from device placement and checkpoints::
@@ -58,12 +59,7 @@ def overlap_loader(
         >>> [x.tolist() for (x,) in loader]
         [[0, 1], [0, 1, 2, 3], [2, 3, 4, 5]]
     """
-    steps = accelerator.gradient_accumulation_steps
-    if criterion.lag != steps:
-        raise ValueError(
-            f"DLBLoss(lag={criterion.lag}) does not fit Accelerator(gradient_accumulation_steps="
-            f"{steps}): with lag={steps} the teacher is one optimizer step old"
-        )
+    check_lag(criterion, "Accelerator", accelerator.gradient_accumulation_steps)
     rank, world = accelerator.process_index, accelerator.num_processes
     shard: DistributedSampler[Any] = DistributedSampler(
         dataset, world, rank, shuffle=shuffle, seed=seed
@@ -85,6 +81,17 @@ def overlap_loader(
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
     return loader
+
+
+def check_lag(criterion: DLBLoss, owner: str, steps: int) -> None:
+    """owner: where gradient_accumulation_steps was set."""
+    if not isinstance(criterion, DLBLoss):
+        raise TypeError(f"criterion must be a DLBLoss, got {type(criterion).__name__}")
+    if criterion.lag != steps:
+        raise ValueError(
+            f"DLBLoss(lag={criterion.lag}) does not fit {owner}(gradient_accumulation_steps="
+            f"{steps}): with lag={steps} the teacher is one optimizer step old"
+        )
 
 
 class OverlapLoader(DataLoaderShard):

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import get_last_checkpoint
 
-from dlb_fused.integrations.accelerate import OverlapLoader
+from dlb_fused.integrations.accelerate import OverlapLoader, check_lag
 from dlb_fused.integrations.state import load_rank_state, rank_state
 from dlb_fused.loss import DLBLoss
 from dlb_fused.sampler import OverlapBatchSampler
@@ -37,6 +37,7 @@ class DLBTrainer(Trainer):
             rows. It is kept in spite of `remove_unused_columns`, and not given to the model.
 
     Raises:
+        TypeError: `criterion` is no `DLBLoss`.
         ValueError: `criterion.lag` does not fit; `label_smoothing_factor` or another
             `train_sampling_strategy` than "random" is set; the train_dataset has no length; a batch
             has no labels, or in training no ids.
@@ -48,6 +49,8 @@ class DLBTrainer(Trainer):
         self._resume: Path | None = None
         super().__init__(*args, **options)
         self._check_settings(criterion)
+        # Models without such an argument are trained too; else their labels would be removed.
+        self.label_names = self.label_names or ["labels"]
         self.criterion = criterion.to(self.args.device)
         # So that the trainer divides by the number of micro-batches; which of the two attributes
         # it asks depends on its version.
@@ -55,13 +58,7 @@ class DLBTrainer(Trainer):
         self.add_callback(SaveChain(self))
 
     def _check_settings(self, criterion: DLBLoss) -> None:
-        steps = self.args.gradient_accumulation_steps
-        if criterion.lag != steps:
-            raise ValueError(
-                f"DLBLoss(lag={criterion.lag}) does not fit TrainingArguments("
-                f"gradient_accumulation_steps={steps}): with lag={steps} the teacher is one "
-                "optimizer step old"
-            )
+        check_lag(criterion, "TrainingArguments", self.args.gradient_accumulation_steps)
         if self.args.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor must be 0, got "
@@ -121,7 +118,8 @@ class DLBTrainer(Trainer):
         needed = {"labels", self.ids} if model.training and self.ids is not None else {"labels"}
         if not needed <= inputs.keys():
             raise ValueError(f"a batch must have {sorted(needed)}, got {sorted(inputs)}")
-        labels, ids = inputs.pop("labels"), inputs.pop(self.ids, None)
+        labels = inputs.pop("labels")
+        ids = None if self.ids is None else inputs.pop(self.ids, None)
         outputs = model(**inputs)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if self._is_causal():
