@@ -282,7 +282,8 @@ def test_main_prints_every_backend() -> None:
 def test_the_classes_are_exported() -> None:
     import dlb_fused
 
-    assert {"dlb_loss", "DLBLoss", "OverlapBatchSampler"} <= set(dlb_fused.__all__)
+    classes = {"DLBLoss", "OverlapBatchSampler", "OverlapMixup", "OverlapCutMix", "TwoViewCarry"}
+    assert classes | {"dlb_loss"} <= set(dlb_fused.__all__)
     assert dlb_fused.__version__ and DLBLoss().training
 
 
