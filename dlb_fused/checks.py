@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,17 +19,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def plain_overlap(logits: Any, labels: Any, last_logits: Any) -> int:
     """m, if `check_logits` and `check_last_logits` would pass and copy nothing; else, or where that
     is not known, -1."""
-    if torch.compiler.is_compiling():
-        return -1
-    look = native_look()
-    return -1 if look is None else look(logits, labels, last_logits)
+    return -1 if torch.compiler.is_compiling() else _plain_overlap(logits, labels, last_logits)
 
 
-@cache
-def native_look() -> Callable[[Any, Any, Any], int] | None:
-    with suppress(ImportError):  # native.py says why, if the backend is asked for
-        return importlib.import_module("dlb_fused._cpu").plain_overlap
-    return None
+def _plain_overlap(*tensors: Any) -> int:
+    """Takes the name of the C++ function at the first call, if that was built."""
+    global _plain_overlap
+    try:
+        _plain_overlap = importlib.import_module("dlb_fused._cpu").plain_overlap
+    except ImportError:  # native.py says why, if the backend is asked for
+        _plain_overlap = lambda *_: -1  # noqa: E731
+    return _plain_overlap(*tensors)
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> None:

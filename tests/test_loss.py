@@ -16,8 +16,8 @@ from cases import Case, fp64_truth, relative_error
 from torch._subclasses import FakeTensorMode
 
 import dlb_fused.loss as loss_module
-from dlb_fused import DLBLoss, backends, dlb_loss
-from dlb_fused.checks import check_options, native_look, plain_overlap
+from dlb_fused import DLBLoss, backends, dlb_loss, native
+from dlb_fused.checks import check_options, plain_overlap
 
 with FakeTensorMode():
     FAKE = torch.zeros(4, dtype=torch.int64)
@@ -287,7 +287,7 @@ def test_the_classes_are_exported() -> None:
     assert dlb_fused.__version__ and DLBLoss().training
 
 
-@pytest.mark.skipif(native_look() is None, reason="dlb_fused._cpu is not built")
+@pytest.mark.skipif(native._kernel is None, reason="dlb_fused._cpu is not built")
 class TestPlainCalls:
     """`plain_overlap` lets the checks be skipped: only where they would pass and copy nothing."""
 

@@ -121,14 +121,24 @@ inline double add_lanes(VD v) { return fold_lanes<Add, double, kVectorBytes>(v);
 inline float max_lanes(VF v) { return fold_lanes<Max, float, kVectorBytes>(v); }
 inline double max_lanes(VD v) { return fold_lanes<Max, double, kVectorBytes>(v); }
 
+// Lanes of a and b, counted on from those of a. (GCC has Clang's word from version 12 on.)
+template <size_t... from, class V>
+inline V pick_lanes(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, from...);
+#else
+  return __builtin_shuffle(a, b, decltype(a < b){from...});
+#endif
+}
+
 template <class V, size_t... lane>
 inline V interleave_low(V a, V b, std::index_sequence<lane...>) {
-  return __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * sizeof...(lane))...);
+  return pick_lanes<(lane / 2 + lane % 2 * sizeof...(lane))...>(a, b);
 }
 template <class V, size_t... lane>
 inline V interleave_high(V a, V b, std::index_sequence<lane...>) {
   constexpr size_t lanes = sizeof...(lane);
-  return __builtin_shufflevector(a, b, ((lane + lanes) / 2 + lane % 2 * lanes)...);
+  return pick_lanes<((lane + lanes) / 2 + lane % 2 * lanes)...>(a, b);
 }
 
 // fold_lanes of as many vectors as one has lanes: lane j of the result is that of v[j].
