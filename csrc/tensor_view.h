@@ -50,11 +50,14 @@ struct Torch {
     const auto found =
         static_cast<const DLExchange*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
     if (!found) throw py::error_already_set();
-    if (found->major == 1) exchange = found;
+    if (found->major == 1 && found->tensor_from_object) exchange = found;
   }
 
   static Torch& get() {
-    static Torch* const torch = new Torch;  // never destroyed: Python may be gone by then
+    // Never destroyed: Python may be gone by then. The import may let another thread run, which
+    // must not wait for a lock of C++ while it holds Python's: so modules ask for it once as they
+    // are imported.
+    static Torch* const torch = new Torch;
     return *torch;
   }
 };

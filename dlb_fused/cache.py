@@ -76,6 +76,8 @@ def caches_from_state(state: Any) -> list[Cache | None]:
     for name in sorted(keys - {"format", "caches"}):
         if type(state[name]) is not int:
             raise ValueError(f"malformed DLBLoss state: {name} must be an int, got {state[name]!r}")
+    if state["lag"] < 1 or state.get("calls", 0) < 0:
+        raise ValueError("malformed DLBLoss state: lag must be >= 1, and calls >= 0")
     if len(state["caches"]) > state["lag"]:
         raise ValueError(f"malformed DLBLoss state: more than lag={state['lag']} caches")
     return [cache_from_state(cache) for cache in state["caches"]]
@@ -96,7 +98,7 @@ def cache_from_state(state: Any) -> Cache | None:
         raise ValueError("malformed DLBLoss state: logits must be a floating point tensor (n, C)")
     rows = samples = len(logits)
     shape: tuple[int, ...] = (rows,)
-    if isinstance(labels, Tensor) and labels.dim() == 2 and 0 < len(labels) <= rows:
+    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.numel() == rows > 0:
         samples = len(labels)
         shape = (samples, rows // samples)
     for name, dtype, expected in (

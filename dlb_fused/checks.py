@@ -272,7 +272,9 @@ def check_normalizer(
     normalizer: tuple[Tensor | float, Tensor | float], logits: Tensor
 ) -> tuple[Tensor, ...]:
     if not isinstance(normalizer, (tuple, list)) or len(normalizer) != 2:
-        raise TypeError("normalizer must be a pair (ce_count, kl_count)")
+        came = repr(normalizer) if isinstance(normalizer, str) else type(normalizer).__name__
+        hint = "; only DLBLoss takes 'global'" if came == "'global'" else ""
+        raise TypeError(f"normalizer must be a pair (ce_count, kl_count), got {came}{hint}")
     counts = []
     for name, count in zip(("ce_count", "kl_count"), normalizer, strict=True):
         if not isinstance(count, Tensor):

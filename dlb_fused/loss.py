@@ -555,7 +555,8 @@ class DLBLoss(nn.Module):
             if (rank, world) != rank_and_world():
                 self._drop(f"it was written by rank {rank} of {world}")
             self._written_by = None
-            if any(c is not None and c.labels.shape[0] > B for c in self._caches):
+            due = self._caches[:1] if len(self._caches) == self.lag else self._caches
+            if any(c is not None and c.labels.shape[0] > B for c in due):
                 self._drop(f"it has more rows than the {B} of this batch")
         cache = self._caches[0] if len(self._caches) == self.lag else None
         if cache is None:
@@ -689,7 +690,8 @@ class DLBLoss(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles own their cache."""
         caches = [cache and cache.owned() for cache in self._caches]
-        return {**self.__dict__, "_caches": caches}
+        pending = [cache and cache.owned() for cache in self._pending]
+        return {**self.__dict__, "_caches": caches, "_pending": pending}
 
     def get_extra_state(self) -> dict[str, Any]:
         caches = self._caches

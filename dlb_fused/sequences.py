@@ -19,6 +19,7 @@ def flatten_sequences(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             "logits must have shape (B, C) for labels (B,), or (B, T, C) with T > 0 for labels "
             f"(B, T); got {tuple(logits.shape)} and {tuple(labels.shape)}"
+            + ("; probabilities must be floating point" if logits.shape == labels.shape else "")
         )
     return logits.flatten(0, 1), labels.flatten()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -141,6 +142,38 @@ def state_after(batches: list[Any], **options: Any) -> dict[str, Any]:
     for z, y, ids in batches:
         criterion(z, y, ids)
     return copy.deepcopy(criterion.get_extra_state())
+
+
+def test_a_state_is_kept_whatever_else_is_pending() -> None:
+    """Of two caches only the older one must fit into the next batch, here a short one."""
+    fit, later = chain(4, 2)[:1], chain(12, 2)[:1]
+    criterion, resumed = DLBLoss(lag=2), DLBLoss(lag=2)
+    for z, y, _ in (*fit, *later):
+        criterion(z, y)
+    resumed.set_extra_state(criterion.get_extra_state())
+    z, y, _ = chain(4, 2)[1]
+    assert len(z) < len(later[0][0])
+    assert torch.equal(resumed(z, y), criterion(z, y)) and resumed.parts.kl_count > 0
+
+
+@pytest.mark.parametrize("changes", [0, 3])
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_copies_own_a_view_that_is_pending(
+    changes: int, copy_of: Callable[[DLBLoss], DLBLoss]
+) -> None:
+    (z, y, _), (z2, y2, _) = chain(4, 2)
+    view = z * 1
+    for _ in range(changes):
+        view.mul_(1)
+    criterion = DLBLoss(keep="view")
+    criterion(view, y, commit=False)
+    other = copy_of(criterion)
+    with torch.no_grad():
+        view.zero_()
+    other.commit()
+    plain = DLBLoss()
+    plain(z, y)
+    assert torch.equal(other(z2, y2), plain(z2, y2)) and other.parts.kl_count > 0
 
 
 @pytest.mark.parametrize("other", ["C", "m", "rank", "world"])

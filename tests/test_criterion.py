@@ -428,6 +428,12 @@ def damage(state: dict[str, Any], where: str) -> Any:
         state["caches"][0]["labels"] = torch.zeros(3, dtype=torch.int64)
     elif where == "valid":
         state["caches"][0]["valid"] = torch.zeros(4)
+    elif where == "no lag":
+        state |= {"lag": 0, "caches": []}
+    elif where == "calls":
+        state["calls"] = -1
+    elif where == "sequences":  # 4 tokens are not 3 of one length
+        state["caches"][0]["labels"] = torch.zeros(3, 1, dtype=torch.int64)
     return state
 
 
@@ -443,6 +449,9 @@ def damage(state: dict[str, Any], where: str) -> Any:
         ("rank of logits", "logits must be a floating point tensor (n, C)"),
         ("labels", "labels must be a tensor (4,) of int64"),
         ("valid", "valid must be a tensor (4,) of uint8"),
+        ("no lag", "malformed DLBLoss state: lag must be >= 1, and calls >= 0"),
+        ("calls", "malformed DLBLoss state: lag must be >= 1, and calls >= 0"),
+        ("sequences", "labels must be a tensor (4,) of int64"),
     ],
 )
 def test_a_malformed_state_is_refused_and_changes_nothing(where: str, message: str) -> None:

@@ -5,9 +5,11 @@ What every backend has in common is tested elsewhere.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -170,6 +172,131 @@ def test_same_bits_for_any_number_of_threads(threads: None, shape: tuple[int, in
         assert all(torch.equal(a, b) for a, b in zip(out, results[0], strict=True))
 
 
+NARROW = (1, 2, 127, 128, 129)  # at most 128 classes go through csrc/cpu/narrow_rows.h
+
+
+def make_uneven(B: int, C: int, dtype: torch.dtype) -> LossArgs:
+    """As `make`, with ignored rows between others, and rows of either half, or of the teacher, that
+    are not finite. Without those, neither half fills its batches of 16 rows."""
+    args = make(B, C, dtype)
+    z, u, m = args.logits, args.last_logits, args.overlap
+    assert u is not None
+    args.labels[[2, m - 3, m + 1]] = -100
+    for row in (1, m + 2):
+        z[row, C // 2] = torch.nan
+        z[row + 2, 0] = torch.inf
+        z[row + 4] = -torch.inf
+    z[7, C - 1] = u[7, C - 1] = -torch.inf  # a class that both rule out
+    z[9, 0] = -torch.inf  # and one that the teacher does not
+    u[11] = -torch.inf
+    u[12, C // 2] = torch.nan
+    z[m + 8, args.labels[m + 8]] = -torch.inf  # loss inf, gradient finite
+    return args
+
+
+@pytest.mark.parametrize("C", NARROW)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("temperature", (2.5, 3.0))
+def test_rows_that_are_not_finite_among_others(
+    level: int, dtype: torch.dtype, C: int, temperature: float
+) -> None:
+    """Each row has the loss and the gradient that the specification gives it in fp64."""
+    args = make_uneven(45, C, dtype)._replace(temperature=temperature, grad_scale=64.0)
+    wide = args._replace(logits=args.logits.double(), last_logits=args.last_logits.double())
+    want, got = reference.forward(wide), native.forward(args)
+    assert torch.equal(got.dlogits.isnan(), want.dlogits.isnan())
+    finite = want.dlogits.isfinite().all(1)
+    assert finite.sum() > 30
+    wrong = got.dlogits[finite].double() - want.dlogits[finite]
+    assert wrong.norm() <= TOLERANCE[dtype] * want.dlogits[finite].norm()
+    assert torch.equal(got.parts[2:].double(), want.parts[2:])
+    assert torch.equal(got.next_valid, want.next_valid)
+    assert torch.equal(got.next_labels, want.next_labels)
+    kept = args.logits[args.overlap :]
+    assert torch.equal(bits_of(got.next_logits), bits_of(kept))
+
+    losses = [loss_of_row(native, args, i) for i in range(45)]
+    assert losses == pytest.approx(
+        [loss_of_row(reference, wide, i) for i in range(45)], rel=1e-5, abs=1e-5, nan_ok=True
+    )
+    assert losses[9] == losses[args.overlap + 8] == math.inf or C == 1
+    inplace = native.forward(args._replace(logits=args.logits.clone(), inplace=True))
+    assert torch.equal(bits_of(inplace.dlogits), bits_of(got.dlogits))
+    again = native.backward(args, got.parts, torch.tensor(64.0, dtype=got.loss.dtype), None)
+    assert torch.equal(bits_of(again), bits_of(got.dlogits))
+
+
+def loss_of_row(backend: ModuleType, args: LossArgs, i: int) -> float:
+    overlap = int(i < args.overlap)
+    row = args._replace(
+        logits=args.logits[i : i + 1],
+        labels=args.labels[i : i + 1],
+        last_logits=args.last_logits[i : i + 1],
+        overlap=overlap,
+        fresh=1 - overlap,
+        need_grad=False,
+    )
+    return backend.forward(row).loss.item()
+
+
+def bits_of(value: Tensor) -> Tensor:
+    """So that NaN equals NaN."""
+    return value.flatten().view(torch.uint8)
+
+
+@pytest.mark.parametrize("C", NARROW)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_a_row_has_the_same_bits_wherever_it_stands(level: int, dtype: torch.dtype, C: int) -> None:
+    """Also in a batch of 16 with others, in a batch that is not full, and with rows of the teacher
+    in another order."""
+    args = make_uneven(45, C, dtype)
+    m = args.overlap
+    rng = torch.Generator().manual_seed(C)
+    old, new, teacher = (torch.randperm(n, generator=rng) for n in (m, 45 - m, m))
+    order = torch.cat((old, new + m))
+    shuffled = args._replace(
+        logits=args.logits[order],
+        labels=args.labels[order],
+        last_logits=args.last_logits[teacher],
+        teacher_rows=teacher.argsort()[old],
+    )
+    want, got = native.forward(args), native.forward(shuffled)
+    finite = args.logits.isfinite().all(1)  # others are done one by one, where their number counts
+    finite[:m] &= args.last_logits.isfinite().all(1)
+    assert finite.sum() > 30
+    rows = finite[order]
+    assert torch.equal(got.dlogits[rows], want.dlogits[order][rows])
+    assert torch.equal(got.next_valid, want.next_valid[new])
+    few = [int(finite[:m].nonzero()[0]), int(finite[m:].nonzero()[0]) + m]
+    counts = [want.parts[2].clone(), want.parts[3].clone()]
+    alone = native.forward(
+        args._replace(
+            logits=args.logits[few],
+            labels=args.labels[few],
+            last_logits=args.last_logits[few[:1]],
+            overlap=1,
+            fresh=1,
+            ce_count=counts[0],
+            kl_count=counts[1],
+        )
+    )
+    assert torch.equal(alone.dlogits, want.dlogits[few])
+
+
+@pytest.mark.parametrize("C", NARROW)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_rows_that_are_not_finite_with_any_number_of_threads(
+    level: int, threads: None, dtype: torch.dtype, C: int
+) -> None:
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append(native.forward(make_uneven(407, C, dtype)))
+    for out in results[1:]:
+        for a, b in zip(out, results[0], strict=True):
+            assert torch.equal(bits_of(a), bits_of(b))
+
+
 @pytest.mark.parametrize("bad", (10, -1, -(2**40)))
 def test_label_out_of_range_raises_before_anything_is_written(bad: int) -> None:
     stats = torch.zeros(3, dtype=torch.int64)
@@ -239,7 +366,7 @@ def at_the_end(values):
 
 native._kernel.force_level(int(sys.argv[1]))
 for dtype in native.DTYPES:
-    for C in (1, 7, 100, 300, 2047, 3001):
+    for C in (1, 7, 100, 127, 128, 129, 300, 2047, 3001):
         z, u = torch.randn(6, C).to(dtype), torch.randn(6, C).to(dtype)
         labels = torch.tensor([0, C - 1, C // 2] * 2)
         args = LossArgs(at_the_end(z), labels, at_the_end(u[:3]), 3, need_grad=True)

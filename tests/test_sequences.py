@@ -262,6 +262,7 @@ Z, Y = torch.randn(4, 5, C), torch.zeros(4, 5, dtype=torch.int64)
         ((Z, Y[:, :4]), "(B, T, C) with T > 0 for labels (B, T); got (4, 5, 11) and (4, 4)"),
         ((Z[:, :0], Y[:, :0]), "(B, T, C) with T > 0 for labels (B, T); got (4, 0, 11)"),
         ((Z[0], Y), "(B, T, C) with T > 0 for labels (B, T); got (5, 11) and (4, 5)"),
+        ((Z[0], Z[0].long()), "got (5, 11) and (5, 11); probabilities must be floating point"),
         ((Z, Y, Z[:2, :3]), "last_logits must have shape (m, 5, C) for logits (4, 5, 11), got"),
         ((Z, Y, Z[0]), "last_logits must have shape (m, 5, C) for logits (4, 5, 11), got (5, 11)"),
     ],

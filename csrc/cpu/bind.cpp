@@ -19,6 +19,7 @@ int64_t loss(const py::tuple& args, const py::tuple& scalars, const py::tuple& o
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+  dlb::Torch::get();
   m.def("loss", &loss);
   m.def("plain_overlap", &dlb::plain_overlap);
   m.def("has_thread_pool", &dlb_cpu_has_thread_pool);

@@ -36,6 +36,7 @@ int call(const py::bytes& packed) {
 #endif
 
 PYBIND11_MODULE(DLB_MODULE, m, py::mod_gil_not_used()) {
+  dlb::Torch::get();
   m.def("pack", &pack);
   m.def("loss", &call<dlb_cuda_loss>);
   m.def("rescale", &call<dlb_cuda_rescale>);
