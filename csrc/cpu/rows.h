@@ -6,9 +6,9 @@
 
 #include "../args.h"
 
-constexpr int64_t kDlbBlock = 2048;          // elements of a row that are worked on at a time
-constexpr int kDlbBatch = 8;                 // rows of few classes that are worked on together
-constexpr int kDlbNarrowBatch = 16;          // the same for at most kDlbNarrow classes
+constexpr int64_t kDlbBlock = 2048;  // elements of a row that are worked on at a time
+constexpr int kDlbBatch = 8;         // rows of few classes that are worked on together
+constexpr int kDlbNarrowBatch = 16;  // the same for at most kDlbNarrow classes
 constexpr int64_t kDlbNarrow = 128;
 constexpr int64_t kDlbShortElements = 2048;  // of a batch of short rows, in each of its buffers
 
