@@ -64,9 +64,9 @@ def forward(args: LossArgs) -> LossOutputs:
 def _scale(args: LossArgs, loss: Tensor) -> Tensor | None:
     """grad_scale for the kernel, in the type of the loss; None is 1."""
     scale = args.grad_scale
-    if isinstance(scale, Tensor):
-        return scale
-    return None if scale == 1 else loss.new_full((), scale)
+    if isinstance(scale, float):
+        return None if scale == 1 else loss.new_full((), scale)
+    return scale
 
 
 def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | None) -> Tensor:
