@@ -50,7 +50,7 @@ class DLBTrainer(Trainer):
         super().__init__(*args, **options)
         self._check_settings(criterion)
         # Models without such an argument are trained too; else their labels would be removed.
-        self.label_names = self.label_names or ["labels"]
+        self.label_names: list[str] = self.label_names or ["labels"]
         self.criterion = criterion.to(self.args.device)
         # So that the trainer divides by the number of micro-batches; which of the two attributes
         # it asks depends on its version.
