@@ -139,8 +139,8 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(FOLDER)
     import gpu_parts
 
-    part = gpu_parts.Part("step", ("step",), "", 90, gpu_parts.step)
-    found = gpu_parts.step(gpu_parts.Context(True, tmp_path), part, 90)
+    part = gpu_parts.Part("step", ("step",), "", 300, gpu_parts.step)
+    found = gpu_parts.step(gpu_parts.Context(True, tmp_path), part, 300)
     assert found["results"] == 4 * 2 and found["modes"] == "eager,autocast,graphs"
     path = tmp_path / found["file"]
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
