@@ -89,24 +89,23 @@ def check_ids(ids: Tensor, logits: Tensor) -> None:
         came = dtype_name(ids) if isinstance(ids, Tensor) else type(ids).__name__
         hint = "; the cache is DLBLoss's own, for another teacher's logits use dlb_loss"
         raise TypeError(f"ids must be an int64 tensor, got {came}{hint}")
-    if ids.shape != logits.shape[:1]:
+    check_one_a_row("ids", ids, logits)
+
+
+def check_one_a_row(name: str, value: Tensor, logits: Tensor) -> None:
+    if value.shape != logits.shape[:1]:
         raise ValueError(
-            f"ids must have shape ({len(logits)},), one for each row of logits, "
-            f"got {tuple(ids.shape)}"
+            f"{name} must have shape ({len(logits)},), one for each row of logits, "
+            f"got {tuple(value.shape)}"
         )
-    check_device("ids", ids, logits)
+    check_device(name, value, logits)
 
 
 def check_distill(distill: Tensor, logits: Tensor) -> None:
     if not isinstance(distill, Tensor) or distill.dtype != torch.bool:
         came = dtype_name(distill) if isinstance(distill, Tensor) else type(distill).__name__
         raise TypeError(f"distill must be a bool tensor, got {came}")
-    if distill.shape != logits.shape[:1]:
-        raise ValueError(
-            f"distill must have shape ({len(logits)},), one for each row of logits, "
-            f"got {tuple(distill.shape)}"
-        )
-    check_device("distill", distill, logits)
+    check_one_a_row("distill", distill, logits)
 
 
 def check_options(
