@@ -11,8 +11,8 @@ makes of a grid: see GRIDS below.
 Each run has a process of its own (so that its peak memory is its own), which runs `train.run`, and
 a folder OUT/runs/ID. A run with a row.json there is done: after Ctrl-C, kill or a failure, the same
 command goes on. The first seed of everything comes first, and within a seed the methods take turns,
-so that a study can be cut short and a busy machine disturbs the methods alike. At the end, OUT/rows.jsonl
-has a row for each run that is done; study_report.py makes tables and pictures of it.
+so that a study can be cut short and a busy machine disturbs the methods alike. At the end,
+OUT/rows.jsonl has a row for each run that is done; study_report.py makes tables and pictures of it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Run:
 
 
 def changed(options: Namespace) -> dict[str, Any]:
-    """Options that are not at their default: a new option of train.py leaves the ids as they are."""
+    """Options not at their default: a new option of train.py leaves the ids as they are."""
     defaults = vars(train.parse([]))
     return {k: v for k, v in vars(options).items() if k not in PLACES and v != defaults[k]}
 
@@ -164,7 +164,7 @@ def work(argv: list[str], gpu: str | None, folder: Path, connection: Connection)
 class Pool:
     """Runs each in a process, `size` at a time, on one GPU each where there are GPUs."""
 
-    def __init__(self, size: int, folder: Path) -> None:
+    def __init__(self, size: int, folder: Path, gpus: list[str]) -> None:
         # On Linux, copies of a process that has imported torch, seconds faster than to import it
         # for each run; elsewhere that is not safe.
         self.context = multiprocessing.get_context(
@@ -175,7 +175,7 @@ class Pool:
         )
         self.folder, self.free = folder, list(range(size))
         self.workers: dict[Connection, Worker] = {}
-        self.gpus = visible_gpus()
+        self.gpus = gpus
 
     def start(self, run: Run) -> None:
         folder = self.folder / run.id
@@ -212,8 +212,10 @@ class Pool:
             worker.process.join()
 
 
-def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them."""
+def visible_gpus(runs: Sequence[Run]) -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them; none for runs on a CPU."""
+    if all(run.options.device == "cpu" for run in runs):
+        return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
     return names[: torch.cuda.device_count()]
@@ -222,7 +224,7 @@ def visible_gpus() -> list[str]:
 def run_all(runs: Sequence[Run], size: int, folder: Path, console: Console) -> dict[str, str]:
     """Does them; returns the errors, by id."""
     errors: dict[str, str] = {}
-    waiting, pool = list(runs), Pool(size, folder)
+    waiting, pool = list(runs), Pool(size, folder, visible_gpus(runs))
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"),
                TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console) as progress:
@@ -242,6 +244,7 @@ def run_all(runs: Sequence[Run], size: int, folder: Path, console: Console) -> d
                     parts.pop(run.id, None)
                     done += 1
                     if message is None:
+                        (folder / run.id / "last.pt").unlink(missing_ok=True)  # the row is all
                         console.print(f"{run.id}: {accuracy(folder / run.id)}", highlight=False)
                     else:
                         errors[run.id] = message
@@ -291,7 +294,7 @@ def default_workers(runs: Sequence[Run]) -> int:
     """The GPUs, or else the cores over the threads of a run."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     threads = max((run.options.threads or cores for run in runs), default=1)
-    return len(visible_gpus()) or max(1, cores // threads)
+    return len(visible_gpus(runs)) or max(1, cores // threads)
 
 
 def override(text: str) -> tuple[str, Any]:
@@ -344,8 +347,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for run in runs:
         if run.id in errors:
-            console.print(f"\nfailed: {command_of(run)}\n  {errors[run.id]}\n  its output: "
-                          f"{folder / run.id / 'output.txt'}", highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+            output = folder / run.id / "output.txt"
+            text = f"\nfailed: {command_of(run)}\n  {errors[run.id]}\n  its output: {output}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     if interrupted:
         console.print("interrupted; the same command goes on")
     return 130 if interrupted else 1 if errors else 0
