@@ -258,8 +258,8 @@ def cost(rows: Rows) -> Figure | None:
             axis.barh(y, middle, 0.65, color=STYLES.get(method, OTHER)[0],
                       alpha=1 if method == "dlb" else 0.55)  # fmt: skip
             axis.errorbar(middle, y, xerr=ends, color="black", lw=1.3, capsize=3)
-            axis.annotate(f"{middle:.{digits}f}", (max(numbers), y), (5, 0), va="center", fontsize=11,
-                          textcoords="offset points")  # fmt: skip
+            axis.annotate(f"{middle:.{digits}f}", (max(numbers), y), (5, 0), fontsize=11,
+                          va="center", textcoords="offset points")  # fmt: skip
         axis.set_xlabel(title)
         axis.margins(x=0.16)
         axis.grid(axis="y", visible=False)

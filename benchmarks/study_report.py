@@ -197,7 +197,7 @@ def spread_note(rows: Rows) -> str:
 def interval_note(rows: Rows, count: int) -> str:
     return (
         f"Points of accuracy, paired by seed, n = {seeds_of(rows)} where nothing else is said; "
-        f"in brackets the {percent(LEVEL)} t interval, bold where it excludes 0. Each for itself: of "
+        f"in brackets the {percent(LEVEL)} t interval, bold where it excludes 0. One by one: of "
         f"{count} such intervals about {(1 - LEVEL) * count:.1g} would exclude 0 by chance."
     )
 
