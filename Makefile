@@ -5,6 +5,8 @@
 # bench  the loss beside others, on a GPU if there is one, into benchmarks/results/: table, JSON, pictures
 # step   the share of the loss in whole training steps, likewise
 # compiled: what torch.compile makes of the loss for a GPU, likewise; runs on none
+# study  what DLB does for accuracy: hours of trainings, restartable; rows into benchmarks/results/,
+#        tables and pictures. study-quick: the same from end to end in minutes, into study/quick/
 # gpu    everything that only a GPU can show: tests, checks, tools, benchmarks; REHEARSE=1 on a CPU
 # wheels for CUDA 13 and every Python on PATH into dist/, tested; see scripts/WHEELS.md
 # clean  remove what the others made
@@ -17,7 +19,7 @@ TORCH ?= torch
 BIN := .venv/bin
 
 .NOTPARALLEL:
-.PHONY: demo test check static bench step compiled gpu wheels clean
+.PHONY: demo test check static bench step compiled study study-quick gpu wheels clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py --out demo
@@ -45,6 +47,19 @@ step: .venv/test
 compiled: .venv/test
 	$(BIN)/python benchmarks/compiled_traffic.py
 
+STUDIES ?= digits fashion_mnist
+
+study: .venv/study
+	for name in $(STUDIES); do \
+		$(BIN)/python benchmarks/study.py benchmarks/study/$$name.toml --out study/$$name && \
+		cp study/$$name/rows.jsonl benchmarks/results/study-$$name.jsonl || exit 1; \
+	done
+	$(BIN)/python benchmarks/study_report.py benchmarks/results/study-*.jsonl --page benchmarks/RESULTS.md
+
+study-quick: .venv/study
+	$(BIN)/python benchmarks/study.py benchmarks/study/quick.toml --out study/quick
+	$(BIN)/python benchmarks/study_report.py study/quick/rows.jsonl --page study/quick/RESULTS.md
+
 gpu:
 	$(PYTHON) benchmarks/gpu_report.py $(if $(REHEARSE),--rehearse) $(if $(OUT),--out '$(OUT)') \
 		$(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES)) \
@@ -55,11 +70,11 @@ wheels: .venv/test
 	$(BIN)/python scripts/build_wheels.py --keep-going
 
 # The editable install is made again when a source or the packaging changes.
-.venv/demo .venv/test .venv/dev .venv/static: .venv/%: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
+.venv/demo .venv/test .venv/dev .venv/static .venv/study: .venv/%: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -e '.[$*]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo *.egg-info dlb_fused/*.so dlb_fused/_c*.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo study *.egg-info dlb_fused/*.so dlb_fused/_c*.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis
