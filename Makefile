@@ -9,7 +9,7 @@
 #        tables and pictures. study-quick: the same from end to end in minutes, into study/quick/
 # gpu    everything that only a GPU can show: tests, checks, tools, benchmarks; REHEARSE=1 on a CPU
 # wheels for CUDA 13 and every Python on PATH into dist/, tested; see scripts/WHEELS.md
-# clean  remove what the others made
+# clean  remove what the others made, but for the runs in study/, which may have taken hours
 #
 # Each makes its own environment in .venv first. TORCH names the torch to install there. But `gpu`
 # installs nothing: it takes PYTHON as it is.
@@ -77,4 +77,4 @@ wheels: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo study *.egg-info dlb_fused/*.so dlb_fused/_c*.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo *.egg-info dlb_fused/*.so dlb_fused/_c*.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis
