@@ -53,7 +53,7 @@ import train  # noqa: E402
 # What study_report.py makes tables of: the comparison; others that stand beside it; and what
 # becomes of it when one option takes other values.
 SENSITIVITY = ("temperature", "alpha", "smoothing", "lr")
-GRIDS = ("main", "asymmetric", "augmentation", "naive", *SENSITIVITY)
+GRIDS = ("main", "asymmetric", "augmentation", "naive", "train_images", "warmup", *SENSITIVITY)
 PLACES = {"out", "resume", "folder", "workers"}  # options that do not change what a run finds
 
 

@@ -34,14 +34,14 @@ class Method:
         options: of the command line.
         split: the training images.
         classes: of the data set.
+        steps: of the whole training.
     """
 
     can_mix = False  # mixup and cutmix
     overlaps = False  # a batch begins with the fresh rows of the last one
 
-    def __init__(self, options: argparse.Namespace, split: Split, classes: int) -> None:
-        self.options = options
-        self.split, self.classes = split, classes
+    def __init__(self, options: argparse.Namespace, split: Split, classes: int, steps: int) -> None:
+        self.options, self.split, self.classes, self.steps = options, split, classes, steps
         self.last_parts = torch.zeros(2).unbind()
 
     def batches(self, sampler: DistributedSampler, rows: int) -> Sampler[list[int]]:
@@ -89,9 +89,9 @@ class CrossEntropy(Method):
 
 
 class LabelSmoothing(CrossEntropy):
-    def __init__(self, options: argparse.Namespace, split: Split, classes: int) -> None:
-        super().__init__(options, split, classes)
-        self.smoothing = options.smoothing
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.smoothing = self.options.smoothing
 
 
 class DLB(Method):
@@ -99,12 +99,15 @@ class DLB(Method):
 
     can_mix, overlaps = True, True
 
-    def __init__(self, options: argparse.Namespace, split: Split, classes: int) -> None:
-        super().__init__(options, split, classes)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.criterion = self.make_criterion()
 
     def make_criterion(self) -> nn.Module:
-        return DLBLoss(self.options.temperature, self.options.alpha)
+        return DLBLoss(self.options.temperature, self.alpha)
+
+    def alpha(self, step: int) -> float:
+        return self.options.alpha * ramp(step, self.options.ramp * self.steps)
 
     def batches(self, sampler: DistributedSampler, rows: int) -> Sampler[list[int]]:
         return OverlapBatchSampler(sampler, rows, drop_last=True)
@@ -136,6 +139,7 @@ class NaiveDLB(DLB):
 
     can_mix = False
     last_logits: Tensor | None = None
+    step = 0
 
     def make_criterion(self) -> nn.Module:
         return nn.Identity()  # the loss is written out below
@@ -149,7 +153,8 @@ class NaiveDLB(DLB):
             log_student = F.log_softmax(logits[:m] / tau, dim=1)
             teacher = F.softmax(self.last_logits / tau, dim=1)
             kl = F.kl_div(log_student, teacher, reduction="batchmean")
-            loss = ce + self.options.alpha * tau**2 * kl
+            loss = ce + self.alpha(self.step) * tau**2 * kl
+        self.step += 1
         self.last_logits = logits[m:].detach()
         self.last_parts = ce.detach(), kl.detach()
         return loss
@@ -158,10 +163,10 @@ class NaiveDLB(DLB):
         return self.last_parts
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_logits": self.last_logits}
+        return {"last_logits": self.last_logits, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.last_logits = state["last_logits"]
+        self.last_logits, self.step = state["last_logits"], state["step"]
 
 
 class TwoViews(Method):
@@ -209,11 +214,11 @@ class Progressive(Method):
     ICCV 2021. The target is (1 - a) of the label and a of what the network said of this sample one
     epoch ago, where a grows to 0.8 in the last epoch. Keeps an (N, C) matrix."""
 
-    def __init__(self, options: argparse.Namespace, split: Split, classes: int) -> None:
-        super().__init__(options, split, classes)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError("ps-kd keeps its predictions in one process: run it without torchrun")
-        self.past = F.one_hot(split.labels, classes).float()
+        self.past = F.one_hot(self.split.labels, self.classes).float()
         self.share = 0.0
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
@@ -312,7 +317,12 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def make_method(options: argparse.Namespace, split: Split, classes: int) -> Method:
+def ramp(step: int, steps: float) -> float:
+    """Grows from almost 0 to 1 in so many steps."""
+    return min(1.0, (step + 1) / steps) if steps else 1.0
+
+
+def make_method(options: argparse.Namespace, split: Split, classes: int, steps: int) -> Method:
     kind = METHODS[options.method]
     if options.loss == "naive":
         if kind is not DLB:
@@ -321,4 +331,4 @@ def make_method(options: argparse.Namespace, split: Split, classes: int) -> Meth
     if options.augment in ("mixup", "cutmix") and not kind.can_mix:
         able = ", ".join(name for name, method in METHODS.items() if method.can_mix)
         raise ValueError(f"--augment {options.augment} goes with {able} (and --loss fused)")
-    return kind(options, split, classes)
+    return kind(options, split, classes, steps)

@@ -45,7 +45,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from augment import AUGMENTS, Views, make_augment
 from image_data import SOURCES, Split, load_data
-from methods import METHODS, Batch, make_method
+from methods import METHODS, Batch, make_method, ramp
 from networks import NETWORKS, make_network
 from rich.console import Console
 from rich.progress import (
@@ -76,10 +76,11 @@ NOT_OF_THE_RUN = ("out", "resume", "device", "workers")  # what may differ when 
 PROGRESS = ("step", "epoch", "sums", "curve", "last_said")  # of a training, in its checkpoint
 SETTINGS = (  # of the options, in the row
     *("data", "net", "method", "loss", "noise", "noise_kind", "augment", "seed", "batch_size"),
-    *("lr", "schedule", "temperature", "alpha", "smoothing", "amp", "compile", "threads"),
+    *("lr", "warmup", "schedule", "temperature", "alpha", "ramp", "smoothing", "amp", "compile"),
+    *("mix_alpha", "val", "threads"),
 )
 
-Tick = Callable[[int, str], None]  # steps done, what to show beside them
+Tick = Callable[[int, str], None]  # steps done, and what to show beside them
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -96,6 +97,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--loss", choices=("fused", "naive"), default="fused", help="of --method dlb")
     add("--temperature", type=float, default=3.0, help="of dlb and dlb-two-view")
     add("--alpha", type=float, default=1.0, help="weight of their KL")
+    add(
+        "--ramp",
+        type=float,
+        default=0.0,
+        help="share of the steps in which alpha of dlb grows to it",
+    )
     add("--smoothing", type=float, default=0.1, help="of label-smoothing")
     add("--augment", choices=(*AUGMENTS, *MIXES), default="standard")
     add("--mix-alpha", type=float, default=1.0, help="of mixup's and cutmix's Beta(a, a)")
@@ -103,6 +110,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, help="optimizer steps, in place of --epochs")
     add("--batch-size", type=int, default=128, help="rows of a step, in each process")
     add("--lr", type=float, default=0.05)
+    add(
+        "--warmup", type=float, default=0.0, help="share of the steps in which the rate grows to it"
+    )
     add("--schedule", choices=("steps", "cosine"), default="steps")
     add("--amp", choices=AMP, help="autocast to this type; fp16 with a GradScaler")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -114,6 +124,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/last"), help="folder of the results")
     add("--resume", action="store_true", help="go on with the training in --out")
     options = parser.parse_args(argv)
+    for name in ("warmup", "ramp"):
+        if not 0 <= getattr(options, name) <= 1:
+            parser.error(f"--{name} must be in [0, 1], got {getattr(options, name)}")
     for name in ("epochs", "steps", "batch_size", "lr", "evaluations"):
         value = getattr(options, name)
         if value is not None and not value > 0:
@@ -155,7 +168,9 @@ class Training:
 
     def make_batches(self) -> None:
         options, split = self.options, self.data.train
-        self.method = make_method(options, split, self.data.classes)
+        passes = options.epochs * len(split.labels) / (options.batch_size * self.world)
+        self.steps: int = options.steps or max(1, round(passes))
+        self.method = make_method(options, split, self.data.classes, self.steps)
         self.shard = DistributedSampler(
             split.labels, self.world, self.rank, seed=options.seed, drop_last=True
         )
@@ -165,8 +180,6 @@ class Training:
                 f"{len(split.labels)} training images make no batch of {options.batch_size} rows"
                 f" for each of {self.world} processes"
             )
-        passes = options.epochs * len(split.labels) / (options.batch_size * self.world)
-        self.steps: int = options.steps or max(1, round(passes))
         self.mix = None
         if options.augment in MIXES:
             generator = torch.Generator().manual_seed(options.seed + APART * self.rank)
@@ -180,7 +193,7 @@ class Training:
         torch.manual_seed(options.seed)
         channels = self.data.train.images.shape[1]
         self.network = make_network(options.net, self.data.classes, channels, self.data.size)
-        self.network.to(self.device)
+        self.network.to(self.device, memory_format=torch.channels_last)
         self.model: nn.Module = self.network
         if self.world > 1:
             self.model = DistributedDataParallel(self.model)
@@ -256,6 +269,7 @@ class Training:
             factor = 0.5 * (1 + math.cos(math.pi * done))
         else:
             factor = 0.1 ** sum(done >= drop for drop in DROPS)
+        factor *= ramp(self.step, self.options.warmup * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * self.options.lr
 
@@ -539,9 +553,9 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def run(options: argparse.Namespace, tick: Tick = lambda step, text: None) -> dict[str, Any]:
+def run(options: argparse.Namespace, progress: Tick = lambda step, text: None) -> dict[str, Any]:
     """Trains as `parse` said; returns the row, which is also in `row.json`."""
-    return Training(options).train(tick)
+    return Training(options).train(progress)
 
 
 def main() -> None:
