@@ -173,7 +173,7 @@ def random_boxes(
     return left, top, wide, high
 
 
-def make_policy(name: str) -> tuple[list[Augment], int]:
+def make_policy(name: str) -> tuple[Sequence[Augment], int]:
     """What can be done to an image (B, 3, H, W) in 0 to 1, and how often something is drawn.
 
     kornia draws one sub-policy for a batch: a policy with only one to draw from does that one, and
@@ -194,7 +194,7 @@ def make_policy(name: str) -> tuple[list[Augment], int]:
 
 
 @torch.no_grad()
-def by_policy(images: Tensor, look: Look, choices: list[Augment], rounds: int) -> Tensor:
+def by_policy(images: Tensor, look: Look, choices: Sequence[Augment], rounds: int) -> Tensor:
     channels = images.shape[1]
     if channels not in (1, 3):
         raise ValueError(f"policies are for images of 1 or 3 channels, not {channels}")

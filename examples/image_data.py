@@ -309,12 +309,12 @@ def read_cifar(folder: Path, name: str, *kinds: str) -> list[Tensor]:
         labels = [records[:, k].long() for k in range(len(kinds))]
     else:
         path = folder / name
-        content = unpickle(path)
-        missing = [key for key in ("data", *kinds) if key.encode() not in content]
+        batch = unpickle(path)
+        missing = [key for key in ("data", *kinds) if key.encode() not in batch]
         if missing:
             raise ValueError(f"{path} must hold a dictionary with {missing[0]!r}, which is missing")
-        pixels = torch.from_numpy(content[b"data"])
-        labels = [torch.tensor(content[kind.encode()], dtype=torch.int64) for kind in kinds]
+        pixels = torch.from_numpy(batch[b"data"])
+        labels = [torch.tensor(batch[kind.encode()], dtype=torch.int64) for kind in kinds]
         expected = (len(labels[0]), 3072)
         if pixels.dtype != torch.uint8 or pixels.shape != expected:
             found = f"{pixels.dtype} of shape {tuple(pixels.shape)}"

@@ -101,7 +101,7 @@ def write_cifar100(folder: Path, binary: bool = False) -> tuple[Written, Written
 
 
 def write_tinyimagenet(folder: Path) -> tuple[Written, Written]:
-    """One training image a class, and ten to test, each of one color; every third is grey."""
+    """One training image a class, and ten to test, each black below a color; a third is grey."""
     wnids = [f"n{90000000 - k}" for k in range(200)]
     splits = random_samples(200, 200, 3), random_samples(10, 200, 3)
     (colors, labels), test = splits
@@ -115,7 +115,8 @@ def write_tinyimagenet(folder: Path) -> tuple[Written, Written]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if number % 3 == 0:
             color[:] = color[0]
-        image = Image.new("RGB", (64, 64), tuple(color.tolist()))
+        image = Image.new("RGB", (64, 64))
+        image.paste(tuple(color.tolist()), (0, 0, 64, 32))
         (image.convert("L") if number % 3 == 0 else image).save(path, "JPEG", quality=95)
     (folder / "wnids.txt").write_text("\n".join(wnids) + "\n")
     (folder / "val" / "val_annotations.txt").write_text("".join(lines))
@@ -197,7 +198,8 @@ def test_tinyimagenet(tmp_path: Path) -> None:
     for found, written in ((images, colors[labels]), (data.test.images, test_colors)):
         assert found.shape == (len(written), 3, 64, 64)
         wanted = torch.from_numpy(written)[:, :, None, None]
-        assert (found.int() - wanted).abs().max() <= 3  # JPEG
+        upper, _, lower = found.int().split((24, 16, 24), dim=2)  # JPEG blurs the edge
+        assert (upper - wanted).abs().max() <= 3 and lower.max() <= 3
 
 
 def test_symmetric_noise_is_exact() -> None:
