@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -32,7 +33,6 @@ import traceback
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,8 +73,12 @@ class Run:
 
 def changed(options: Namespace) -> dict[str, Any]:
     """Options not at their default: a new option of train.py leaves the ids as they are."""
-    defaults = vars(train.parse([]))
-    return {k: v for k, v in vars(options).items() if k not in PLACES and v != defaults[k]}
+    return {k: v for k, v in vars(options).items() if k not in PLACES and v != defaults()[k]}
+
+
+@functools.cache
+def defaults() -> dict[str, Any]:
+    return vars(train.parse([]))
 
 
 # ---- the grid file ------------------------------------------------------------------------------
@@ -334,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     rows = options.out / "rows.jsonl"
-    signal.signal(signal.SIGTERM, partial(signal.default_int_handler))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     errors, interrupted = {}, False
     try:
         errors = run_all(todo, size, folder, console)
