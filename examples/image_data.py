@@ -115,6 +115,8 @@ def load_data(
     generator = torch.Generator().manual_seed(seed)
     order = kept[torch.randperm(len(kept), generator=generator)]
     held_out = round(val * len(kept))
+    if held_out == len(kept):
+        raise ValueError(f"val {val} of {len(kept)} images leaves none for training")
     flips = mistakes(name, published, source.classes) if noise_kind == "asymmetric" else None
     train, validation = (
         noisy_split(published, chosen, noise, flips, source.classes, generator)
@@ -238,15 +240,13 @@ def read_fashion_mnist(folder: Path) -> Published:
 def read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
     """A file of bytes in the IDX format: 0, 0, 8 for bytes, the number of dimensions, the sizes as
     big-endian 32-bit integers, the values. uint8 in that shape."""
-    path = folder / f"{name}.gz"
+    path, packed = folder / name, folder / f"{name}.gz"
     if path.exists():
-        try:
-            content = gzip.decompress(path.read_bytes())
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} is truncated or no gzip file: {error}") from error
+        content = path.read_bytes()
+    elif packed.exists():
+        path, content = packed, unpack(packed)
     else:
-        path = folder / name
-        content = read_file(path)
+        raise FileNotFoundError(f"{path} is missing, and {packed.name} too")
     magic, header = bytes((0, 0, 8, dimensions)), 4 + 4 * dimensions
     if content[:4] != magic:
         raise ValueError(f"{path} must begin with {magic.hex(' ')}, not {content[:4].hex(' ')}")
@@ -255,6 +255,13 @@ def read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
         expected = f"{np.prod(shape)} values of shape {tuple(shape)}"
         raise ValueError(f"{path} must hold {expected}, but holds {len(content) - header}")
     return to_tensor(content, header).reshape(shape)
+
+
+def unpack(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or no gzip file: {error}") from error
 
 
 def read_file(path: Path) -> bytes:
