@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,7 @@ import train  # noqa: E402
 # becomes of it when one option takes other values.
 SENSITIVITY = ("temperature", "alpha", "smoothing", "lr")
 GRIDS = ("main", "asymmetric", "augmentation", "naive", *SENSITIVITY)
+SECONDS = 0.2  # between two messages of a worker
 PLACES = {"out", "resume", "folder", "workers"}  # options that do not change what a run finds
 
 
@@ -156,9 +158,17 @@ def work(argv: list[str], gpu: str | None, folder: Path, connection: Connection)
     with (folder / "output.txt").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    last = 0.0
+
+    def progress(step: int, _: str) -> None:
+        """Fails where the parent is gone: nobody waits for this run then."""
+        nonlocal last
+        if time.monotonic() - last > SECONDS:
+            connection.send(step)
+            last = time.monotonic()
+
     try:
-        # Sending fails where the parent is gone: nobody waits for this run then.
-        train.run(train.parse(argv), progress=lambda step, *_: connection.send(step))
+        train.run(train.parse(argv), progress)
         connection.send(None)
     except Exception as error:
         traceback.print_exc()
@@ -227,40 +237,37 @@ def visible_gpus(runs: Sequence[Run]) -> list[str]:
 
 def run_all(runs: Sequence[Run], size: int, folder: Path, console: Console) -> dict[str, str]:
     """Does them; returns the errors, by id."""
-    errors: dict[str, str] = {}
     waiting, pool = list(runs), Pool(size, folder, visible_gpus(runs))
+    ended: dict[str, str | None] = {}
+    parts: dict[str, float] = {}  # of the runs that are going on
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"),
                TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(runs))
-        parts: dict[str, float] = {}  # of the runs that are going on
-        done = 0
         try:
             while waiting or pool.workers:
                 while waiting and pool.free:
                     pool.start(waiting.pop(0))
-                text = f"{done} of {len(runs)} runs done, {len(pool.workers)} running"
-                progress.update(task, description=text, completed=done + sum(parts.values()))
                 for run, message in pool.messages():
                     if isinstance(message, int):
                         parts[run.id] = message / (run.options.steps or math.inf)
                         continue
                     parts.pop(run.id, None)
-                    done += 1
-                    if message is None:
-                        (folder / run.id / "last.pt").unlink(missing_ok=True)  # the row is all
-                        console.print(f"{run.id}: {accuracy(folder / run.id)}", highlight=False)
-                    else:
-                        errors[run.id] = message
-                        console.print(f"{run.id}: failed", style="red")
+                    ended[run.id] = message
+                    console.print(outcome(run, message, folder), highlight=False)
+                text = f"{len(ended)} of {len(runs)} runs ended, {len(pool.workers)} going on"
+                progress.update(task, description=text, completed=len(ended) + sum(parts.values()))
         finally:
             pool.stop()
-    return errors
+    return {key: error for key, error in ended.items() if error is not None}
 
 
-def accuracy(folder: Path) -> str:
-    row = json.loads((folder / "row.json").read_text())
-    return f"{row['test_accuracy']:.2f} % in {row['seconds']:.0f} s"
+def outcome(run: Run, error: str | None, folder: Path) -> str:
+    if error is not None:
+        return f"{run.id}: failed"
+    (folder / run.id / "last.pt").unlink(missing_ok=True)  # the row is all that is needed
+    row = json.loads((folder / run.id / "row.json").read_text())
+    return f"{run.id}: {row['test_accuracy']:.2f} % in {row['seconds']:.0f} s"
 
 
 # ---- rows ---------------------------------------------------------------------------------------
