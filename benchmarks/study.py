@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -28,11 +29,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ import train  # noqa: E402
 # becomes of it when one option takes other values.
 SENSITIVITY = ("temperature", "alpha", "smoothing", "lr")
 GRIDS = ("main", "asymmetric", "augmentation", "naive", "train_images", "warmup", *SENSITIVITY)
+SECONDS = 0.2  # between two messages of a worker
 PLACES = {"out", "resume", "folder", "workers"}  # options that do not change what a run finds
 
 
@@ -73,8 +75,12 @@ class Run:
 
 def changed(options: Namespace) -> dict[str, Any]:
     """Options not at their default: a new option of train.py leaves the ids as they are."""
-    defaults = vars(train.parse([]))
-    return {k: v for k, v in vars(options).items() if k not in PLACES and v != defaults[k]}
+    return {k: v for k, v in vars(options).items() if k not in PLACES and v != defaults()[k]}
+
+
+@functools.cache
+def defaults() -> dict[str, Any]:
+    return vars(train.parse([]))
 
 
 # ---- the grid file ------------------------------------------------------------------------------
@@ -152,9 +158,17 @@ def work(argv: list[str], gpu: str | None, folder: Path, connection: Connection)
     with (folder / "output.txt").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    last = 0.0
+
+    def progress(step: int, _: str) -> None:
+        """Fails where the parent is gone: nobody waits for this run then."""
+        nonlocal last
+        if time.monotonic() - last > SECONDS:
+            connection.send(step)
+            last = time.monotonic()
+
     try:
-        # Sending fails where the parent is gone: nobody waits for this run then.
-        train.run(train.parse(argv), progress=lambda step, *_: connection.send(step))
+        train.run(train.parse(argv), progress)
         connection.send(None)
     except Exception as error:
         traceback.print_exc()
@@ -171,7 +185,7 @@ class Pool:
             "forkserver" if sys.platform == "linux" else "spawn"
         )
         self.context.set_forkserver_preload(
-            ["torch", "torch.profiler", "dlb_fused", "rich.progress"]
+            ["torch", "dlb_fused", "rich.progress", "sklearn.datasets"]
         )
         self.folder, self.free = folder, list(range(size))
         self.workers: dict[Connection, Worker] = {}
@@ -223,40 +237,37 @@ def visible_gpus(runs: Sequence[Run]) -> list[str]:
 
 def run_all(runs: Sequence[Run], size: int, folder: Path, console: Console) -> dict[str, str]:
     """Does them; returns the errors, by id."""
-    errors: dict[str, str] = {}
     waiting, pool = list(runs), Pool(size, folder, visible_gpus(runs))
+    ended: dict[str, str | None] = {}
+    parts: dict[str, float] = {}  # of the runs that are going on
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"),
                TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(runs))
-        parts: dict[str, float] = {}  # of the runs that are going on
-        done = 0
         try:
             while waiting or pool.workers:
                 while waiting and pool.free:
                     pool.start(waiting.pop(0))
-                text = f"{done} of {len(runs)} runs done, {len(pool.workers)} running"
-                progress.update(task, description=text, completed=done + sum(parts.values()))
                 for run, message in pool.messages():
                     if isinstance(message, int):
                         parts[run.id] = message / (run.options.steps or math.inf)
                         continue
                     parts.pop(run.id, None)
-                    done += 1
-                    if message is None:
-                        (folder / run.id / "last.pt").unlink(missing_ok=True)  # the row is all
-                        console.print(f"{run.id}: {accuracy(folder / run.id)}", highlight=False)
-                    else:
-                        errors[run.id] = message
-                        console.print(f"{run.id}: failed", style="red")
+                    ended[run.id] = message
+                    console.print(outcome(run, message, folder), highlight=False)
+                text = f"{len(ended)} of {len(runs)} runs ended, {len(pool.workers)} going on"
+                progress.update(task, description=text, completed=len(ended) + sum(parts.values()))
         finally:
             pool.stop()
-    return errors
+    return {key: error for key, error in ended.items() if error is not None}
 
 
-def accuracy(folder: Path) -> str:
-    row = json.loads((folder / "row.json").read_text())
-    return f"{row['test_accuracy']:.2f} % in {row['seconds']:.0f} s"
+def outcome(run: Run, error: str | None, folder: Path) -> str:
+    if error is not None:
+        return f"{run.id}: failed"
+    (folder / run.id / "last.pt").unlink(missing_ok=True)  # the row is all that is needed
+    row = json.loads((folder / run.id / "row.json").read_text())
+    return f"{run.id}: {row['test_accuracy']:.2f} % in {row['seconds']:.0f} s"
 
 
 # ---- rows ---------------------------------------------------------------------------------------
@@ -334,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     rows = options.out / "rows.jsonl"
-    signal.signal(signal.SIGTERM, partial(signal.default_int_handler))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     errors, interrupted = {}, False
     try:
         errors = run_all(todo, size, folder, console)

@@ -49,8 +49,8 @@ OTHER = ("#000000", "*")
 CURVES_AT = 0.4  # the share of wrong labels of the curves, or the nearest that there is
 INTERVAL = f"{percent(LEVEL)} t interval"
 
-plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
-                     "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})  # fmt: skip
+LOOK = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "grid.alpha": 0.3, "legend.frameon": False}  # fmt: skip
 
 
 def draw(studies: dict[str, Rows], folder: Path) -> dict[str, Path]:
@@ -58,12 +58,14 @@ def draw(studies: dict[str, Rows], folder: Path) -> dict[str, Path]:
     paths = {}
     for study, rows in studies.items():
         for name, make in PICTURES.items():
-            figure = make(rows)
-            if figure is not None:
-                paths[f"{study}/{name}"] = path = folder / f"study-{study}-{name}.png"
-                figure.suptitle(f"{figure.get_suptitle()}\n{where(rows)}", fontsize=13)
-                figure.savefig(path, dpi=100)
-                plt.close(figure)
+            with plt.rc_context(LOOK):
+                figure = make(rows)
+                if figure is not None:
+                    path = folder / f"study-{study}-{name}.png"
+                    figure.suptitle(f"{figure.get_suptitle()}\n{where(rows)}", fontsize=13)
+                    figure.savefig(path, dpi=100)
+                    plt.close(figure)
+                    paths[f"{study}/{name}"] = path
     return paths
 
 

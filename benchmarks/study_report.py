@@ -35,8 +35,8 @@ LEVEL = 0.95
 METHODS = ("ce", "ce-overlap", "label-smoothing", "cs-kd", "ps-kd", "tf-kd-reg", "dlb-two-view",
            "dlb")  # fmt: skip
 TUNED = ("lr", "temperature", "alpha", "smoothing")  # options that validation accuracy may choose
-SETTING = ("noise_kind", "noise", "method", "augment", "loss", "steps", "batch_size",
-           "train_images", *TUNED)  # fmt: skip
+SETTING = ("noise_kind", "noise", "method", "augment", "loss", "steps", "batch_size", "schedule",
+           "amp", "compile", "train_images", *TUNED)  # fmt: skip
 
 
 # ---- rows and statistics ------------------------------------------------------------------------
