@@ -144,7 +144,7 @@ def curves(rows: Rows) -> Figure | None:
         return None
     noise = min(values(rows, "noise"), key=lambda noise: abs(noise - CURVES_AT))
     rows = pick(rows, noise=noise)
-    title = f"Training with {percent(noise)} wrong labels: {seeds_of(rows)} seeds"
+    title = f"Training with {percent(noise)} wrong labels, {seeds_of(rows)} seeds"
     figure, (axis,) = panels(1, title, figsize=(9.5, 6))
     for method in values(rows, "method"):
         runs = [row["curve"] for row in by_seed(pick(rows, method=method)).values()]

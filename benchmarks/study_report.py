@@ -319,8 +319,8 @@ def cost_table(rows: Rows) -> str | None:
         "Medians over the runs, and in brackets the lowest and highest of them; of a run, the "
         "median step. The ratio to the step of ce is the median over pairs of runs with the same "
         "labels and seed, made one soon after the other: a busy machine disturbs it less. Loss: "
-        "forward and backward down to the logits. Memory: of a GPU what was allocated, of a CPU the "
-        "whole process with its libraries."
+        "forward and backward down to the logits. Memory: of a GPU what was allocated, of a CPU "
+        "the whole process with its libraries."
     )
     return markdown(header, lines, note)
 
