@@ -97,12 +97,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--loss", choices=("fused", "naive"), default="fused", help="of --method dlb")
     add("--temperature", type=float, default=3.0, help="of dlb and dlb-two-view")
     add("--alpha", type=float, default=1.0, help="weight of their KL")
-    add(
-        "--ramp",
-        type=float,
-        default=0.0,
-        help="share of the steps in which alpha of dlb grows to it",
-    )
+    add("--ramp", type=float, default=0.0, help="share of the steps in which dlb's alpha grows")
     add("--smoothing", type=float, default=0.1, help="of label-smoothing")
     add("--augment", choices=(*AUGMENTS, *MIXES), default="standard")
     add("--mix-alpha", type=float, default=1.0, help="of mixup's and cutmix's Beta(a, a)")
@@ -110,9 +105,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, help="optimizer steps, in place of --epochs")
     add("--batch-size", type=int, default=128, help="rows of a step, in each process")
     add("--lr", type=float, default=0.05)
-    add(
-        "--warmup", type=float, default=0.0, help="share of the steps in which the rate grows to it"
-    )
+    add("--warmup", type=float, default=0.0, help="share of the steps in which the rate grows")
     add("--schedule", choices=("steps", "cosine"), default="steps")
     add("--amp", choices=AMP, help="autocast to this type; fp16 with a GradScaler")
     add("--compile", action="store_true", help="torch.compile the network")
@@ -200,13 +193,8 @@ class Training:
             torch.manual_seed(options.seed + APART * self.rank)  # each rank draws its own views
         if options.compile:
             self.model = torch.compile(self.model)
-        self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            options.lr,
-            MOMENTUM,
-            weight_decay=WEIGHT_DECAY,
-            nesterov=True,
-        )
+        recipe = {"momentum": MOMENTUM, "nesterov": True, "weight_decay": WEIGHT_DECAY}
+        self.optimizer = torch.optim.SGD(self.network.parameters(), options.lr, **recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
 
     # ---- training --------------------------------------------------------------------------------
@@ -290,8 +278,8 @@ class Training:
         if self.step >= self.steps - PAIRS:
             said = self.predict(self.data.test.images[:PAIR_IMAGES]).argmax(1)
             self.last_said.append(said)
-        done, parts = self.step / self.steps, self.options.evaluations
-        if math.floor(done * parts) > math.floor((self.step - 1) / self.steps * parts):
+        parts = self.options.evaluations
+        if self.step * parts // self.steps > (self.step - 1) * parts // self.steps:
             self.evaluate()
         tick(self.step, f"{self.options.method}: {in_words(self.curve)}")
 
@@ -351,7 +339,7 @@ class Training:
             "val_accuracy": last["val_accuracy"],
             "test_nll": F.cross_entropy(logits, test.labels).item(),
             "ece": calibration_error(logits, test.labels),
-            "agreement": mean(percent(a == b) for a, b in pairwise(self.last_said)),
+            "agreement": self.agreement(),
             "memorized": self.memorized(),
             "step_ms": self.clock.step_ms(),
             "loss_ms": self.clock.loss_ms(),
@@ -369,6 +357,11 @@ class Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "row.json").write_text(json.dumps(row, indent=1) + "\n")
         return row
+
+    def agreement(self) -> float | None:
+        """Percent of the test images that two neighboring of the last iterations call the same."""
+        pairs = [percent(before == after) for before, after in pairwise(self.last_said)]
+        return mean(pairs) if pairs else None
 
     def memorized(self) -> float | None:
         """Percent of the wrongly labelled training images whose wrong label is predicted."""
