@@ -195,7 +195,9 @@ def factors(rows: Rows) -> Figure | None:
     if not grids:
         return None
     most = max(len(conditions(some, FACTORS[grid])) for grid, some in grids.items())
-    title = f"Under other conditions, paired by seed: mean and {INTERVAL}"
+    noises = values([row for some in grids.values() for row in some], "noise")
+    title = (f"Under other conditions, {', '.join(map(percent, noises))} wrong labels, paired by "
+             f"seed: mean and {INTERVAL}; filled: it excludes 0")  # fmt: skip
     figure, axes = panels(len(grids), title, figsize=(1 + 4.6 * len(grids), 2.2 + 0.85 * most))
     for axis, (grid, some) in zip(axes, grids.items(), strict=True):
         draw_factor(axis, some, FACTORS[grid])

@@ -417,7 +417,8 @@ def tuned_table(rows: Rows) -> str | None:
               "dlb − it, on the test images"]  # fmt: skip
     note = (
         "Each method at the setting with the best mean validation accuracy (labels as wrong as "
-        "those of the training images), over the seeds that all its settings have. "
+        "those of the training images), over the seeds that all its settings have; a method of "
+        "which fewer were tried had less to choose from. "
     )
     return markdown(
         header, lines, note + interval_note(rows, sum(bool(line[-1]) for line in lines))
