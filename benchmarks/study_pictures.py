@@ -1,5 +1,5 @@
 """The pictures of a study: accuracy against wrong labels, curves, paired differences, sensitivity,
-and cost. Bands and bars are the t intervals of study_report.py."""
+and cost. The intervals of differences are those of study_report.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 from study_report import (
+    FACTORS,
     LEVEL,
     TUNED,
     Estimate,
@@ -86,14 +87,12 @@ def style(method: str) -> dict[str, Any]:
             "zorder": 3 if bold else 2}  # fmt: skip
 
 
-def draw_line(
-    axis: Axes, x: Sequence[float], y: Sequence[Estimate], half: str, label: str, **look: Any
-) -> None:
-    """Means, and a band of what `half` names: "half" of the interval, or "std"."""
-    known = [(a, e.mean, getattr(e, half) or 0.0) for a, e in zip(x, y, strict=True)
-             if e.mean is not None]  # fmt: skip
-    axis.plot([a for a, _, _ in known], [m for _, m, _ in known], label=label, **look)
-    low, high = [m - h for _, m, h in known], [m + h for _, m, h in known]
+def draw_line(axis: Axes, x: Sequence[float], y: Sequence[Estimate], **look: Any) -> None:
+    """Means, with a band of the standard deviation (an interval for one method by itself would
+    invite comparing two, for which there are the paired differences)."""
+    known = [(a, e.mean, e.std or 0.0) for a, e in zip(x, y, strict=True) if e.mean is not None]
+    axis.plot([a for a, _, _ in known], [m for _, m, _ in known], **look)
+    low, high = [m - std for _, m, std in known], [m + std for _, m, std in known]
     axis.fill_between([a for a, _, _ in known], low, high, color=look["color"], alpha=0.13, lw=0)
 
 
@@ -117,21 +116,21 @@ def accuracy_against_noise(rows: Rows) -> Figure | None:
     noises, methods = values(rows, "noise"), values(rows, "method")
     if len(noises) < 2:
         return None
-    title = f"Test accuracy and wrong labels: mean of {seeds_of(rows)} seeds, {INTERVAL}"
+    title = f"Test accuracy and wrong labels, {seeds_of(rows)} seeds"
     figure, (left, right) = panels(2, title, figsize=(13, 6))
     x = [100 * noise for noise in noises]
     for method in methods:
         some = [pick(rows, method=method, noise=noise) for noise in noises]
         accuracies = [over_seeds(s, "test_accuracy") for s in some]
-        draw_line(left, x, accuracies, "half", method, **style(method))
+        draw_line(left, x, accuracies, label=method, **style(method))
         if method != "ce" and "ce" in methods:
             plain = [pick(rows, method="ce", noise=noise) for noise in noises]
             gains = [difference(s, p) for s, p in zip(some, plain, strict=True)]
             draw_bars(right, x, gains, methods.index(method) - len(methods) / 2, **style(method))
     right.axhline(0, color=STYLES["ce"][0], lw=2)
-    left.set(xlabel="wrong training labels (%)", ylabel="test accuracy (%)", xticks=x)
+    left.set(xlabel="wrong training labels (%)", ylabel="test accuracy (%), mean ± std", xticks=x)
     right.set(
-        xlabel="wrong training labels (%)", ylabel="points above ce, paired by seed", xticks=x
+        xlabel="wrong training labels (%)", ylabel=f"points above ce, paired, {INTERVAL}", xticks=x
     )
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
@@ -145,17 +144,15 @@ def curves(rows: Rows) -> Figure | None:
         return None
     noise = min(values(rows, "noise"), key=lambda noise: abs(noise - CURVES_AT))
     rows = pick(rows, noise=noise)
-    title = (
-        f"Training with {percent(noise)} wrong labels: mean of {seeds_of(rows)} seeds, {INTERVAL}"
-    )
+    title = f"Training with {percent(noise)} wrong labels, {seeds_of(rows)} seeds"
     figure, (axis,) = panels(1, title, figsize=(9.5, 6))
     for method in values(rows, "method"):
         runs = [row["curve"] for row in by_seed(pick(rows, method=method)).values()]
         steps = sorted(set.intersection(*({point["step"] for point in run} for run in runs)))
         at = [{point["step"]: point["test_accuracy"] for point in run} for run in runs]
         means = [estimate([run[step] for run in at]) for step in steps]
-        draw_line(axis, steps, means, "half", method, **style(method))
-    axis.set(xlabel="optimizer step", ylabel="test accuracy (%)")
+        draw_line(axis, steps, means, label=method, **style(method))
+    axis.set(xlabel="optimizer step", ylabel="test accuracy (%), mean ± std")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
     return figure
 
@@ -192,6 +189,49 @@ def differences(rows: Rows) -> Figure | None:
     return figure
 
 
+def factors(rows: Rows) -> Figure | None:
+    """A panel for each grid of FACTORS: what DLB adds to others, under each condition."""
+    grids = {grid: pick(rows, grid) for grid in FACTORS if values(pick(rows, grid), FACTORS[grid])}
+    if not grids:
+        return None
+    most = max(len(conditions(some, FACTORS[grid])) for grid, some in grids.items())
+    title = f"Under other conditions, paired by seed: mean and {INTERVAL}"
+    figure, axes = panels(len(grids), title, figsize=(1 + 4.6 * len(grids), 2.2 + 0.85 * most))
+    for axis, (grid, some) in zip(axes, grids.items(), strict=True):
+        draw_factor(axis, some, FACTORS[grid])
+        axis.set(title=grid.replace("_", " "), xlabel="points of test accuracy")
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        handles.update(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def conditions(rows: Rows, key: str) -> list[tuple[float, Any]]:
+    return [(noise, value) for noise in values(rows, "noise")
+            for value in values(pick(rows, noise=noise), key)]  # fmt: skip
+
+
+def draw_factor(axis: Axes, rows: Rows, key: str) -> None:
+    axis.axvline(0, color="black", lw=1)
+    found = conditions(rows, key)
+    for y, (noise, value) in enumerate(found):
+        pairs = method_differences(pick(rows, noise=noise, **{key: value})).items()
+        known = [(pair, e) for pair, e in pairs if e.mean is not None]
+        for i, ((a, b), e) in enumerate(known):
+            # The colour of what DLB is compared with; ce-overlap − ce is the sampler's own effect.
+            color, marker = STYLES.get(b if a == "dlb" else "tf-kd-reg", OTHER)
+            place = y + 0.16 * (i - (len(known) - 1) / 2)
+            face = color if e.excludes_zero else "white"
+            axis.errorbar(e.mean, place, xerr=e.half, fmt=marker, ms=7, mew=2, mfc=face, lw=2,
+                          capsize=3, color=color, label=f"{a} − {b}")  # fmt: skip
+    several = len({noise for noise, _ in found}) > 1
+    names = [in_words(key, value) + f", {percent(noise)} wrong" * several for noise, value in found]
+    axis.set_yticks(range(len(found)), names)
+    axis.set_ylim(len(found) - 0.5, -0.5)
+    axis.grid(axis="y", visible=False)
+
+
 def sensitivity(rows: Rows) -> Figure | None:
     """A column for each option, a row for each share of wrong labels."""
     options = [option for option in TUNED if len({r[option] for r in pick(rows, option)}) > 1]
@@ -225,7 +265,7 @@ def draw_sensitivity(axis: Axes, rows: Rows, option: str) -> None:
         look = style(named["method"]) | {"ls": next(dashes[named["method"]])}
         x = [c.options[option] for c in tried]
         means = [over_seeds(c.rows, "test_accuracy") for c in tried]
-        draw_line(axis, x, means, "std", label, **look)
+        draw_line(axis, x, means, label=label, **look)
         for c, e in zip(tried, means, strict=True):
             if c.chosen and e.mean is not None:
                 axis.plot(
@@ -274,6 +314,7 @@ PICTURES: dict[str, Callable[[Rows], Figure | None]] = {
     "noise": accuracy_against_noise,
     "differences": differences,
     "curves": curves,
+    "factors": factors,
     "sensitivity": sensitivity,
     "cost": cost,
 }

@@ -36,7 +36,10 @@ METHODS = ("ce", "ce-overlap", "label-smoothing", "cs-kd", "ps-kd", "tf-kd-reg",
            "dlb")  # fmt: skip
 TUNED = ("lr", "temperature", "alpha", "smoothing")  # options that validation accuracy may choose
 SETTING = ("noise_kind", "noise", "method", "augment", "loss", "steps", "batch_size", "schedule",
-           "amp", "compile", "train_images", *TUNED)  # fmt: skip
+           "warmup", "ramp", "val", "mix_alpha", "amp", "compile", "train_images",
+           *TUNED)  # fmt: skip
+# Grids that compare the methods again where another option has other values.
+FACTORS = {"augmentation": "augment", "train_images": "train_images", "warmup": "warmup"}
 
 
 # ---- rows and statistics ------------------------------------------------------------------------
@@ -130,9 +133,9 @@ class Candidate(NamedTuple):
 
 def candidates(rows: Rows) -> list[Candidate]:
     """The settings of TUNED in rows of one method; chosen is the best mean validation accuracy over
-    the seeds that all of them have, none if there is no such seed."""
+    the seeds that all of them have (of equal ones the first), none if there is no such seed."""
     groups: dict[tuple[float, ...], Rows] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: [row[key] for key in TUNED]):
         groups.setdefault(tuple(row[key] for key in TUNED), []).append(row)
     shared = set.intersection(*({row["seed"] for row in group} for group in groups.values()))
     means = {
@@ -143,7 +146,7 @@ def candidates(rows: Rows) -> list[Candidate]:
     best = max(known, key=lambda setting: known[setting]) if known else None
     return [
         Candidate(dict(zip(TUNED, setting, strict=True)), group, means[setting], setting == best)
-        for setting, group in sorted(groups.items())
+        for setting, group in groups.items()
     ]
 
 
@@ -196,7 +199,7 @@ def spread_note(rows: Rows) -> str:
 
 def interval_note(rows: Rows, count: int) -> str:
     return (
-        f"Points of accuracy, paired by seed, n = {seeds_of(rows)} where nothing else is said; "
+        f"Differences in points, paired by seed, n = {seeds_of(rows)} where nothing else is said; "
         f"in brackets the {percent(LEVEL)} t interval, bold where it excludes 0. One by one: of "
         f"{count} such intervals about {(1 - LEVEL) * count:.1g} would exclude 0 by chance."
     )
@@ -303,14 +306,21 @@ def cost_table(rows: Rows) -> str | None:
         step, loss, memory = (
             [row[key] for row in some] for key in ("step_ms", "loss_ms", "peak_memory_mib")
         )
-        lines.append([method, str(len(some)), ranged(step, 2), ranged(loss, 3),
+        plain = {(row["noise"], row["seed"]): row["step_ms"] for row in pick(rows, method="ce")}
+        ratios = [row["step_ms"] / plain[row["noise"], row["seed"]] for row in some
+                  if (row["noise"], row["seed"]) in plain]  # fmt: skip
+        lines.append([method, str(len(some)), ranged(step, 2),
+                      f"{median(ratios):.2f}" if ratios else "–", ranged(loss, 3),
                       f"{median(a / b for a, b in zip(loss, step, strict=True)):.1%}",
                       ranged(memory, 0)])  # fmt: skip
-    header = ["method", "runs", "step, ms", "loss, ms", "loss / step", "peak memory, MiB"]
+    header = ["method", "runs", "step, ms", "step / step of ce", "loss, ms", "loss / step",
+              "peak memory, MiB"]  # fmt: skip
     note = (
         "Medians over the runs, and in brackets the lowest and highest of them; of a run, the "
-        "median step. Loss: forward and backward down to the logits. Memory: of a GPU what was "
-        "allocated, of a CPU the whole process with its libraries."
+        "median step. The ratio to the step of ce is the median over pairs of runs with the same "
+        "labels and seed, made one soon after the other: a busy machine disturbs it less. Loss: "
+        "forward and backward down to the logits. Memory: of a GPU what was allocated, of a CPU "
+        "the whole process with its libraries."
     )
     return markdown(header, lines, note)
 
@@ -414,21 +424,26 @@ def tuned_table(rows: Rows) -> str | None:
     )
 
 
-def augmentation_table(rows: Rows) -> str | None:
-    rows = pick(rows, "augmentation")
+def factor_table(rows: Rows, grid: str) -> str | None:
+    """The methods, and their differences, under each of several conditions."""
+    rows, key = pick(rows, grid), FACTORS[grid]
     if not rows:
         return None
-    n, methods, lines, count = seeds_of(rows), values(rows, "method"), [], 0
-    others = [method for method in methods if method != "dlb" and "dlb" in methods]
-    for noise in values(rows, "noise"):
-        for augment in values(pick(rows, noise=noise), "augment"):
-            of = {m: pick(rows, noise=noise, augment=augment, method=m) for m in methods}
-            accuracies = [spread(over_seeds(of[m], "test_accuracy"), n) for m in methods]
-            differences = [signed(difference(of["dlb"], of[m]), n) for m in others]
-            lines.append([percent(noise), augment, *accuracies, *differences])
-            count += len(differences)
-    header = ["wrong labels", "augmentation", *methods, *(f"dlb − {method}" for method in others)]
-    note = f"Test accuracy, in %. {spread_note(rows)} {interval_note(rows, count)}"
+    n, methods, lines = seeds_of(rows), values(rows, "method"), []
+    conditions = [(noise, value) for noise in values(rows, "noise")
+                  for value in values(pick(rows, noise=noise), key)]  # fmt: skip
+    found = {c: method_differences(pick(rows, noise=c[0], **{key: c[1]})) for c in conditions}
+    pairs = list(dict.fromkeys(pair for differences in found.values() for pair in differences))
+    for noise, value in conditions:
+        of = {m: pick(rows, noise=noise, method=m, **{key: value}) for m in methods}
+        accuracies = [spread(over_seeds(some, "test_accuracy"), n) for some in of.values()]
+        known = found[noise, value]
+        differences = [signed(known[pair], n) if pair in known else "–" for pair in pairs]
+        lines.append([percent(noise), in_words(key, value), *accuracies, *differences])
+    header = ["wrong labels", grid.replace("_", " "), *methods, *(f"{a} − {b}" for a, b in pairs)]
+    note = f"Test accuracy, in %. {spread_note(rows)}"
+    if pairs:
+        note += f" {interval_note(rows, sum(map(len, found.values())))}"
     return markdown(header, lines, note)
 
 
@@ -441,7 +456,7 @@ TABLES: dict[str, Callable[[Rows], str | None]] = {
     "cost": cost_table,
     "fused and naive": naive_table,
     **{option: partial(sensitivity_table, option=option) for option in TUNED},
-    "augmentation": augmentation_table,
+    **{grid: partial(factor_table, grid=grid) for grid in FACTORS},
     "asymmetric": lambda rows: accuracy_table(rows, "asymmetric"),
     "asymmetric differences": lambda rows: difference_table(rows, "asymmetric"),
 }

@@ -182,7 +182,8 @@ def row(method: str, seed: int, test: float, **options: Any) -> dict[str, Any]:
     return {
         "data": "digits", "net": "small", "method": method, "seed": seed, "noise": 0.4,
         "noise_kind": "symmetric", "augment": "standard", "loss": "fused", "steps": 100,
-        "batch_size": 128, "schedule": "steps", "amp": None, "compile": False, "lr": 0.05,
+        "batch_size": 128, "schedule": "steps", "warmup": 0.05, "ramp": 0.0, "val": 0.1,
+        "mix_alpha": 1.0, "amp": None, "compile": False, "lr": 0.05,
         "temperature": 3.0, "alpha": 1.0, "smoothing": 0.1, "train_images": 1080, "threads": 1,
         "test_accuracy": test, "val_accuracy": test / 2, "test_nll": 0.5, "ece": 3.0,
         "agreement": 99.0, "memorized": 10.0, "step_ms": 4.0, "loss_ms": 0.2, "seconds": 1.0,
@@ -257,6 +258,9 @@ def full_rows() -> list[dict[str, Any]]:
     rows += rows_of("dlb", dlb, loss="naive", grids=["naive"], loss_ms=0.9)
     rows += rows_of("dlb", dlb, grids=["naive", "temperature", "lr"])
     rows += rows_of("dlb", dlb, grids=["augmentation"], augment="none")
+    rows += rows_of("dlb", dlb, grids=["train_images"], train_images=100)
+    rows += rows_of("ce", dlb, grids=["train_images"], train_images=100)
+    rows += rows_of("dlb", dlb, grids=["warmup"], warmup=0.0)
     rows += rows_of("dlb", dlb, grids=["asymmetric"], noise_kind="asymmetric")
     rows += rows_of("ce", dlb, grids=["asymmetric"], noise_kind="asymmetric")
     for option, values in (("temperature", (1.0, 2.0)), ("alpha", (0.5, 2.0)), ("lr", (0.02, 0.1)),
