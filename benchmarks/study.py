@@ -50,6 +50,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import train  # noqa: E402
+from image_data import SOURCES, Split  # noqa: E402
+from methods import Batch, make_method  # noqa: E402
 
 # What study_report.py makes tables of: the comparison; others that stand beside it; and what
 # becomes of it when one option takes other values.
@@ -278,14 +280,57 @@ def is_done(run: Run, folder: Path) -> bool:
 
 
 def write_rows(runs: Sequence[Run], folder: Path, path: Path) -> int:
-    """One line for each run that is done, with its grids; returns how many."""
-    rows = {run.id: json.loads((folder / run.id / "row.json").read_text()) | {"grids": run.grids}
-            for run in runs if is_done(run, folder)}  # fmt: skip
+    """One line for each run that is done, with its grids and the memory of its loss; returns how
+    many."""
+    rows, memory = {}, LossMemory()
+    for run in runs:
+        if is_done(run, folder):
+            row = json.loads((folder / run.id / "row.json").read_text())
+            rows[run.id] = row | {"grids": run.grids, "loss_memory_kib": memory.of(run.options)}
     lines = [json.dumps(rounded(rows[key])) + "\n" for key in sorted(rows)]
     new = path.with_suffix(".new")  # an interrupted write leaves the old rows
     new.write_text("".join(lines))
     new.replace(path)
     return len(rows)
+
+
+class LossMemory:
+    """What a loss and its gradient allocate at most at the shape of a run, beyond what was there
+    before: for DLB in the midst of a chain, with its cache. It is the same in each run of a method,
+    and far below what the memory of a whole process would show."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], float] = {}
+
+    def of(self, options: Namespace) -> float:
+        """KiB"""
+        mixed = options.augment in train.MIXES
+        key = (options.data, options.method, options.loss, options.batch_size, mixed)
+        if key not in self.known:
+            self.known[key] = self.measured(options, mixed) / 2**10
+        return self.known[key]
+
+    def measured(self, options: Namespace, mixed: bool) -> int:
+        from bench_loss import peak_memory
+
+        device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
+        rows, classes = options.batch_size, SOURCES[options.data].classes
+        ids = torch.arange(rows, device=device)
+        # Both halves have the same labels: so each batch goes on with the one before.
+        labels = (ids % (rows // 2)) % classes
+        second = (labels, torch.full((rows,), 0.5, device=device)) if mixed else ()
+        logits = torch.randn(rows, classes, device=device, requires_grad=True)
+        method = make_method(options, Split(logits, labels.cpu(), labels.cpu()), classes, steps=10)
+
+        def step() -> None:
+            logits.grad = None
+            some = method.forward(torch.nn.Identity(), logits)
+            method.loss(some, Batch(logits, labels, ids, *second)).backward()
+
+        for _ in range(3):
+            step()
+        logits.grad = None
+        return peak_memory(step, device)
 
 
 def rounded(value: Any) -> Any:

@@ -347,18 +347,20 @@ def naive_table(rows: Rows) -> str | None:
                 signed(difference(fused, naive), n),
                 *(ranged([row["loss_ms"] for row in some], 3) for some in (fused, naive)),
                 f"{median(ratios):.1f}×" if ratios else "–",
+                *(ranged([row["loss_memory_kib"] for row in some], 1) for some in (fused, naive)),
                 signed(difference(fused, naive, "peak_memory_mib"), n, 1),
             ])  # fmt: skip
     if not lines:
         return None
     header = ["wrong labels", "method", "accuracy, fused", "accuracy, naive", "fused − naive",
               "loss fused, ms", "loss naive, ms", "naive / fused",
-              "peak memory, fused − naive, MiB"]  # fmt: skip
+              "loss fused, KiB", "loss naive, KiB", "process, fused − naive, MiB"]  # fmt: skip
     note = (
         "The same training with the loss of dlb_fused and with that of stock PyTorch operations. "
         "Accuracy: mean ± standard deviation; differences: paired by seed, with the "
         f"{percent(LEVEL)} t interval, bold where it excludes 0; times: median (lowest – highest), "
-        f"their ratio within the pairs. n = {n} seeds."
+        "their ratio within the pairs. KiB: what the loss and its gradient allocate at most; MiB: "
+        f"of the whole process. n = {n} seeds."
     )
     return markdown(header, lines, note)
 

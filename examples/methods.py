@@ -199,7 +199,7 @@ class ClassWise(Method):
         half = len(images) // 2
         with torch.no_grad():
             # Around DDP: it wants one forward for each backward.
-            self.partners = getattr(model, "module", model)(images[half:])
+            self.partners = getattr(model, "module", model)(images[half:]).detach()
         return model(images[:half])
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:

@@ -27,6 +27,7 @@ from dlb_fused.reference import dlb_loss_naive
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import methods  # noqa: E402
+import test_image_data  # noqa: E402
 import train  # noqa: E402
 from image_data import Split  # noqa: E402
 from methods import METHODS, Batch, make_method  # noqa: E402
@@ -266,6 +267,40 @@ def test_calibration_error() -> None:
     labels = torch.tensor([0, 1, 1, 0])
     want = 100 * (3 / 4 * (0.85 - 1 / 3) + 1 / 4 * (1 - 0.6))
     assert train.calibration_error(p.log(), labels) == pytest.approx(want)
+
+
+WRITERS = {
+    "cifar10": test_image_data.write_cifar10,
+    "cifar100": test_image_data.write_cifar100,
+    "tinyimagenet": test_image_data.write_tinyimagenet,
+}
+
+
+@pytest.mark.parametrize(
+    ("data", "net"),
+    [
+        ("cifar10", "vgg16"),
+        ("cifar10", "wrn20-8"),
+        ("cifar100", "resnet32"),
+        ("cifar100", "densenet40-12"),
+        ("tinyimagenet", "vgg19"),
+        ("tinyimagenet", "resnet110"),
+    ],
+)
+def test_the_papers_settings_on_tiny_files(
+    data: str, net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from study import read_grid
+
+    WRITERS[data](tmp_path / "files")
+    tiny = {"folder": str(tmp_path / "files"), "net": net, "steps": 2, "batch_size": 8, "seed": 0}
+    runs = read_grid(ROOT / "benchmarks" / "study" / f"{data}.toml", tiny | {"threads": 1})
+    (wanted,) = (r for r in runs if r.options.method == "dlb" and r.grids[0] == "main"
+                 and r.options.noise == 0)  # fmt: skip
+    assert (wanted.options.lr, wanted.options.epochs, wanted.options.temperature) == (0.05, 240, 3)
+    row = train.run(train.parse([*wanted.argv, "--out", str(tmp_path / "run")]))
+    assert row["curve"][-1]["step"] == 2 and 0 <= row["test_accuracy"] <= 100
 
 
 # ---- going on -----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t kStreamBytes = 16 << 20;  // a gradient of this size stays in no cache
 constexpr int64_t kLargePageBytes = 4 << 20;
+constexpr uintptr_t kPageBytes = 4096;
 constexpr int64_t kChunkElements = 65536;   // of a row range that one thread takes at a time
 constexpr int64_t kRowElements = 80;        // what a row costs besides its elements, as elements
 constexpr int64_t kThreadElements = 20480;  // below this one thread is faster
@@ -130,11 +131,23 @@ double weight_sum(const DlbArgs& a) {
 // small ones would take longer than the kernel.
 void advise_large_pages(void* p, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 4096;
   if (!p || bytes < kLargePageBytes) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes)) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kPageBytes - 1) / kPageBytes;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes)) / kPageBytes;
+  madvise(reinterpret_cast<void*>(begin * kPageBytes), (end - begin) * kPageBytes, MADV_HUGEPAGE);
+#endif
+}
+
+// Whether the middle of an output has no page yet. The kernel then clears one, in the caches, as it
+// is first written: a store past them would send that page to memory too.
+bool is_fresh(const void* p, int64_t bytes) {
+#if defined(__linux__)
+  if (!p) return false;
+  const uintptr_t page = (reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes) / 2) / kPageBytes;
+  unsigned char present = 1;
+  return mincore(reinterpret_cast<void*>(page * kPageBytes), 1, &present) == 0 && !(present & 1);
+#else
+  return false;
 #endif
 }
 
@@ -248,7 +261,7 @@ int64_t dlb_cpu_loss(const DlbArgs* args) {
   job.grad_scale = a.grad_scale ? dlb_real(a, a.grad_scale, 0) : 1;
   job.teach = job.kl_inverse != 0;
   const int64_t row_bytes = a.C * (a.dtype == DLB_FLOAT64 ? 8 : a.dtype == DLB_FLOAT32 ? 4 : 2);
-  job.stream = a.B * row_bytes >= kStreamBytes;
+  job.stream = a.B * row_bytes >= kStreamBytes && !is_fresh(a.dlogits, a.B * row_bytes);
   if (a.dlogits != a.logits) advise_large_pages(a.dlogits, a.B * row_bytes);
   advise_large_pages(a.next_logits, a.fresh * row_bytes);
   if (a.loss) {
