@@ -187,8 +187,8 @@ def row(method: str, seed: int, test: float, **options: Any) -> dict[str, Any]:
         "temperature": 3.0, "alpha": 1.0, "smoothing": 0.1, "train_images": 1080, "threads": 1,
         "test_accuracy": test, "val_accuracy": test / 2, "test_nll": 0.5, "ece": 3.0,
         "agreement": 99.0, "memorized": 10.0, "step_ms": 4.0, "loss_ms": 0.2, "seconds": 1.0,
-        "peak_memory_mib": 400.0, "device": "a CPU", "commit": "c0ffee", "grids": ["main"],
-        "versions": {"python": "3.11", "torch": "2.13"},
+        "peak_memory_mib": 400.0, "loss_memory_kib": 12.0, "device": "a CPU", "commit": "c0ffee",
+        "grids": ["main"], "versions": {"python": "3.11", "torch": "2.13"},
         "curve": [{"step": step, "test_accuracy": test - 100 / step} for step in (50, 100)],
         **options,
     }  # fmt: skip
