@@ -73,7 +73,8 @@ PAIRS, PAIR_IMAGES = 5, 2000  # steps and test images over which two iterations 
 APART = 1_000_003  # between the seeds of two ranks
 RESULTS = ("last.pt", "row.json")
 NOT_OF_THE_RUN = ("out", "resume", "device", "workers")  # what may differ when it goes on
-PROGRESS = ("step", "epoch", "sums", "curve", "last_said")  # of a training, in its checkpoint
+# Of a training, in its checkpoint.
+PROGRESS = ("step", "epoch", "seconds", "sums", "curve", "last_said")
 SETTINGS = (  # of the options, in the row
     *("data", "net", "method", "loss", "noise", "noise_kind", "augment", "seed", "batch_size"),
     *("lr", "warmup", "schedule", "temperature", "alpha", "ramp", "smoothing", "amp", "compile"),
@@ -151,7 +152,7 @@ class Training:
         )
         self.make_batches()
         self.make_model()
-        self.step, self.epoch = 0, 0
+        self.step, self.epoch, self.seconds = 0, 0, 0.0
         self.sums = torch.zeros(4, device=self.device)  # since the last evaluation, see `evaluate`
         self.curve: list[dict[str, float]] = []
         self.last_said: list[Tensor] = []  # classes predicted around the last steps
@@ -207,7 +208,8 @@ class Training:
             num_workers=self.options.workers,
             pin_memory=self.device.type == "cuda",
         )
-        epochs, begin = math.ceil(self.steps / len(self.batches)), time.perf_counter()
+        epochs = math.ceil(self.steps / len(self.batches))
+        begin = time.perf_counter() - self.seconds
         self.model.train()
         while self.step < self.steps:
             self.shard.set_epoch(self.epoch)
@@ -221,9 +223,10 @@ class Training:
                     break
                 self.clock.step_begins()
             else:
-                self.epoch += 1
+                self.epoch, self.seconds = self.epoch + 1, time.perf_counter() - begin
                 self.save()
-        return self.row(time.perf_counter() - begin)
+        self.seconds = time.perf_counter() - begin
+        return self.row()
 
     def to_device(self, *parts: Tensor) -> Batch:
         images, labels, ids = (part.to(self.device, non_blocking=True) for part in parts)
@@ -323,7 +326,7 @@ class Training:
             return None
         return percent(self.predict(split.images).argmax(1) == split.labels)
 
-    def row(self, seconds: float) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         """What came of the training; {} but for rank 0."""
         if self.rank:
             return {}
@@ -344,7 +347,7 @@ class Training:
             "step_ms": self.clock.step_ms(),
             "loss_ms": self.clock.loss_ms(),
             "peak_memory_mib": peak_memory_mib(self.device),
-            "seconds": seconds,
+            "seconds": self.seconds,
             "curve": self.curve,
             "versions": {
                 "python": platform.python_version(),
@@ -355,7 +358,9 @@ class Training:
             "commit": commit(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "row.json").write_text(json.dumps(row, indent=1) + "\n")
+        new = self.folder / "row.new"  # there whole, or not at all
+        new.write_text(json.dumps(row, indent=1) + "\n")
+        new.replace(self.folder / "row.json")
         return row
 
     def agreement(self) -> float | None:
