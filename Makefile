@@ -6,7 +6,8 @@
 # step   the share of the loss in whole training steps, likewise
 # compiled: what torch.compile makes of the loss for a GPU, likewise; runs on none
 # study  what DLB does for accuracy: hours of trainings, restartable; rows into benchmarks/results/,
-#        tables and pictures. study-quick: the same from end to end in minutes, into study/quick/
+#        tables and pictures. study-quick: the same from end to end in minutes, into study/quick/.
+#        Fashion-MNIST is read from Debian's package dataset-fashion-mnist
 # gpu    everything that only a GPU can show: tests, checks, tools, benchmarks; REHEARSE=1 on a CPU
 # wheels for CUDA 13 and every Python on PATH into dist/, tested; see scripts/WHEELS.md
 # clean  remove what the others made, but for the runs in study/, which may have taken hours

@@ -101,8 +101,8 @@ def draw_bars(
 ) -> None:
     """Intervals, side by side by their `place`."""
     apart = 0.09 * min(b - a for a, b in pairwise(x))
-    known = [(a + place * apart, e.mean, e.half or 0.0) for a, e in zip(x, y, strict=True)
-             if e.mean is not None]  # fmt: skip
+    known = [(a + place * apart, e.mean, e.half) for a, e in zip(x, y, strict=True)
+             if e.mean is not None and e.half is not None]  # fmt: skip
     if known:
         at, means, halves = zip(*known, strict=True)
         axis.errorbar(at, means, yerr=halves, capsize=3, ls="", **{**look, "lw": 2})
@@ -222,7 +222,7 @@ def draw_factor(axis: Axes, rows: Rows, key: str) -> None:
         known = [(pair, e) for pair, e in pairs if e.mean is not None]
         for i, ((a, b), e) in enumerate(known):
             # The colour of what DLB is compared with; ce-overlap − ce is the sampler's own effect.
-            color, marker = STYLES.get(b if a == "dlb" else "tf-kd-reg", OTHER)
+            color, marker = STYLES.get(b if a == "dlb" else "", OTHER)
             place = y + 0.16 * (i - (len(known) - 1) / 2)
             face = color if e.excludes_zero else "white"
             axis.errorbar(e.mean, place, xerr=e.half, fmt=marker, ms=7, mew=2, mfc=face, lw=2,

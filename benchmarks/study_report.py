@@ -36,10 +36,11 @@ METHODS = ("ce", "ce-overlap", "label-smoothing", "cs-kd", "ps-kd", "tf-kd-reg",
            "dlb")  # fmt: skip
 TUNED = ("lr", "temperature", "alpha", "smoothing")  # options that validation accuracy may choose
 SETTING = ("noise_kind", "noise", "method", "augment", "loss", "steps", "batch_size", "schedule",
-           "warmup", "ramp", "val", "mix_alpha", "amp", "compile", "train_images",
-           *TUNED)  # fmt: skip
+           "warmup", "ramp", "val", "mix_alpha", "amp", "compile", "train_images", "processes",
+           "threads", "device", *TUNED)  # fmt: skip
 # Grids that compare the methods again where another option has other values.
-FACTORS = {"augmentation": "augment", "train_images": "train_images", "warmup": "warmup"}
+FACTORS = {"augmentation": "augment", "train_images": "train_images", "steps": "steps",
+           "warmup": "warmup", "ramp": "ramp"}  # fmt: skip
 
 
 # ---- rows and statistics ------------------------------------------------------------------------
@@ -71,12 +72,24 @@ def studies(rows: Rows) -> dict[str, Rows]:
 
 
 def by_seed(rows: Rows) -> dict[int, Row]:
-    """ValueError where two runs of one seed differ in their setting: no mean may be taken then."""
+    """ValueError where two runs differ in their setting, or are of the same seed: no mean may be
+    taken then."""
     for key in SETTING:
         if len({row[key] for row in rows}) > 1:
             where = ", ".join(str(rows[0][k]) for k in ("data", "net", "method", "noise"))
             raise ValueError(f"{where}: runs to be averaged differ in {key}: {values(rows, key)}")
-    return {row["seed"]: row for row in rows}
+    found = {row["seed"]: row for row in rows}
+    if len(found) < len(rows):
+        raise ValueError(f"a run is there twice: {rows[0]['command']}")
+    return found
+
+
+def stopped(rows: Rows) -> Rows:
+    """The runs as they were at that evaluation which the validation images liked best."""
+    known = [row for row in rows if row["val_accuracy"] is not None]
+    best = [max(row["curve"], key=lambda point: point["val_accuracy"]) for row in known]
+    return [row | {"test_accuracy": point["test_accuracy"]}
+            for row, point in zip(known, best, strict=True)]  # fmt: skip
 
 
 class Estimate(NamedTuple):
@@ -201,7 +214,8 @@ def interval_note(rows: Rows, count: int) -> str:
     return (
         f"Differences in points, paired by seed, n = {seeds_of(rows)} where nothing else is said; "
         f"in brackets the {percent(LEVEL)} t interval, bold where it excludes 0. One by one: of "
-        f"{count} such intervals about {(1 - LEVEL) * count:.1g} would exclude 0 by chance."
+        f"{count} such intervals about {(1 - LEVEL) * count:.1g} would exclude 0 by chance. They "
+        "are about other seeds, not about other test images."
     )
 
 
@@ -245,7 +259,14 @@ def setup_table(rows: Rows) -> str:
     return markdown(["", ""], lines.items(), "Each row of the JSON lines has its own command.")
 
 
-def accuracy_table(rows: Rows, grid: str = "main") -> str | None:
+LAST = "Test accuracy after the last step, in %."
+STOPPED = (
+    "Test accuracy in %, not after the last step but at that of the few evaluations where the "
+    "accuracy on the validation images, whose labels are as wrong, was best."
+)
+
+
+def accuracy_table(rows: Rows, grid: str = "main", what: str = LAST) -> str | None:
     rows = pick(rows, grid)
     if not rows:
         return None
@@ -256,7 +277,7 @@ def accuracy_table(rows: Rows, grid: str = "main") -> str | None:
         for method in values(rows, "method")
     ]  # fmt: skip
     header = ["method, wrong labels:", *map(percent, noises)]
-    return markdown(header, lines, f"Test accuracy after the last step, in %. {spread_note(rows)}")
+    return markdown(header, lines, f"{what} {spread_note(rows)}")
 
 
 def difference_table(rows: Rows, grid: str = "main") -> str | None:
@@ -289,9 +310,10 @@ def calibration_table(rows: Rows) -> str | None:
             lines.append([percent(noise), method, *cells, memorized])
     header = ["wrong labels", "method", "ECE, %", "NLL", "agreement, %", "memorized, %"]
     note = (
-        "On the test images: expected calibration error (15 bins), negative log-likelihood, and "
-        "how many get the same class before and after one of the last optimizer steps. Memorized: "
-        "the share of the wrongly labelled training images whose wrong label is predicted. "
+        "On the test images: expected calibration error (15 bins) and negative log-likelihood. "
+        "Agreement: how many of (at most 2000 of) them get the same class before and after one of "
+        "the last five optimizer steps, where the learning rate is lowest. Memorized: the share of "
+        "the wrongly labelled training images whose wrong label is predicted. "
     )
     return markdown(header, lines, note + spread_note(rows))
 
@@ -359,7 +381,8 @@ def naive_table(rows: Rows) -> str | None:
         "The same training with the loss of dlb_fused and with that of stock PyTorch operations. "
         "Accuracy: mean ± standard deviation; differences: paired by seed, with the "
         f"{percent(LEVEL)} t interval, bold where it excludes 0; times: median (lowest – highest), "
-        "their ratio within the pairs. KiB: what the loss and its gradient allocate at most; MiB: "
+        "their ratio within the pairs. KiB: what the loss and its gradient allocate at most, "
+        "measured after the runs, at their shape; MiB: "
         f"of the whole process. n = {n} seeds."
     )
     return markdown(header, lines, note)
@@ -454,6 +477,8 @@ TABLES: dict[str, Callable[[Rows], str | None]] = {
     "setup": setup_table,
     "accuracy": accuracy_table,
     "differences": difference_table,
+    "early stopping": lambda rows: accuracy_table(stopped(rows), what=STOPPED),
+    "early stopping differences": lambda rows: difference_table(stopped(rows)),
     "tuned": tuned_table,
     "calibration": calibration_table,
     "cost": cost_table,

@@ -2,14 +2,15 @@
 
     python examples/train.py --data digits --method dlb --noise 0.4
     python examples/train.py --data fashion-mnist --method ce --epochs 10 --out runs/ce
-    python examples/train.py --data cifar100 --folder cifar-100-python --net resnet32 --epochs 240
+    python examples/train.py --data cifar100 --folder cifar-100-python --net resnet32 --out runs/c
     torchrun --nproc-per-node 2 examples/train.py --data cifar10 --folder cifar-10-batches-py ...
 
 All methods take the same number of steps with the same number of rows (`methods.py`): `--epochs`
 counts passes of rows as plain cross-entropy makes them, so DLB, which sees each sample twice in an
 epoch, makes half as many of its own. The recipe is that of DLB's official script: SGD with Nesterov
 momentum 0.9, weight decay 5e-4, learning rate 0.05, divided by 10 after 150, 180 and 210 of 240
-parts of the training; its `--batch_size 64` is `--batch-size 128` here.
+parts of the training; its `--batch_size 64` is `--batch-size 128` here. (One thing differs: the
+script makes two forwards, so that BatchNorm sees the halves apart; here there is one.)
 
 Into the folder `--out` go `log.csv` (accuracies and both parts of the loss), `row.json` (what came
 of it, with the command) and, after each epoch, `last.pt`, from which `--resume` goes on: on a CPU,
@@ -43,7 +44,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from augment import AUGMENTS, Views, make_augment
+from augment import AUGMENTS, Views, as_it_is, make_augment
 from image_data import SOURCES, Split, load_data
 from methods import METHODS, Batch, make_method, ramp
 from networks import NETWORKS, make_network
@@ -72,7 +73,7 @@ BINS = 15  # of the calibration error
 PAIRS, PAIR_IMAGES = 5, 2000  # steps and test images over which two iterations are compared
 APART = 1_000_003  # between the seeds of two ranks
 RESULTS = ("last.pt", "row.json")
-NOT_OF_THE_RUN = ("out", "resume", "device", "workers")  # what may differ when it goes on
+NOT_OF_THE_RUN = ("out", "resume", "folder", "device", "workers")  # may differ when it goes on
 # Of a training, in its checkpoint.
 PROGRESS = ("step", "epoch", "seconds", "sums", "curve", "last_said")
 SETTINGS = (  # of the options, in the row
@@ -118,10 +119,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/last"), help="folder of the results")
     add("--resume", action="store_true", help="go on with the training in --out")
     options = parser.parse_args(argv)
-    for name in ("warmup", "ramp"):
+    for name in ("warmup", "ramp", "smoothing"):
         if not 0 <= getattr(options, name) <= 1:
             parser.error(f"--{name} must be in [0, 1], got {getattr(options, name)}")
-    for name in ("epochs", "steps", "batch_size", "lr", "evaluations"):
+    for name in ("epochs", "steps", "batch_size", "lr", "temperature", "evaluations"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -333,7 +334,7 @@ class Training:
         options, test, last = self.options, self.data.test, self.curve[-1]
         logits = self.predict(test.images)
         row = {
-            "command": command(options),
+            "command": command(options, self.world),
             **{name: getattr(options, name) for name in SETTINGS},
             "steps": self.steps,
             "train_images": len(self.data.train.labels),
@@ -381,7 +382,7 @@ class Training:
     def save(self) -> None:
         """Between two epochs; each rank for itself. The file is there whole, or as it was."""
         state = {
-            "options": settings(self.options),
+            "options": settings(self.options) | {"processes": self.world},
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -402,7 +403,7 @@ class Training:
         if not path.exists():
             raise FileNotFoundError(f"--resume: there is no {path}")
         state = torch.load(path, map_location="cpu")
-        theirs, ours = state["options"], settings(self.options)
+        theirs, ours = state["options"], settings(self.options) | {"processes": self.world}
         differ = [f"{name}: {theirs.get(name)} and now {ours[name]}"
                   for name in ours if theirs.get(name) != ours[name]]  # fmt: skip
         if differ:
@@ -421,6 +422,13 @@ class Training:
         for name in PROGRESS:
             setattr(self, name, state[name])
         self.sums = self.sums.to(self.device)
+        if self.world > 1:
+            steps = [0] * self.world
+            dist.all_gather_object(steps, self.step)
+            if len(set(steps)) > 1:  # it was killed while the ranks were writing
+                raise ValueError(
+                    f"--resume: the ranks' checkpoints are of different steps: {steps}"
+                )
 
     def checkpoint_name(self) -> str:
         return "last.pt" if self.rank == 0 else f"last-rank{self.rank}.pt"
@@ -463,11 +471,15 @@ class Clock:
         return begin.elapsed_time(end) if self.cuda else 1e3 * (end - begin)
 
     def step_ms(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
+        self.wait()
         return median(self.ms(*times) for times in self.steps)
 
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
     def loss_ms(self) -> float:
+        self.wait()
         return median(self.ms(a, b) + self.ms(c, d) for a, b, c, d in self.losses)
 
 
@@ -500,9 +512,12 @@ def find_device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: torch sees no GPU here")
+        if "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # for the clock's events, too
     return device
 
 
@@ -537,18 +552,17 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name not in NOT_OF_THE_RUN}
 
 
-def command(options: argparse.Namespace) -> str:
-    """To be typed in the repository; what is not named has its default."""
+def command(options: argparse.Namespace, processes: int = 1) -> str:
+    """To be typed in the repository; what is not named has its default. FOLDER is that of the data
+    on the machine at hand."""
     defaults, words = vars(parse([])), ["python", "examples/train.py"]
-    for name, value in settings(options).items():
+    if processes > 1:
+        words = ["torchrun", f"--nproc-per-node={processes}", "examples/train.py"]
+    for name, value in (settings(options) | {"device": options.device}).items():
         if value != defaults[name]:
             flag = "--" + name.replace("_", "-")
             words += [flag] if value is True else [flag, str(value)]
-    return shlex.join(words)
-
-
-def as_it_is(batch: Any) -> Any:
-    return batch
+    return shlex.join(words + (["--folder", "FOLDER"] if options.folder else []))
 
 
 def run(options: argparse.Namespace, progress: Tick = lambda step, text: None) -> dict[str, Any]:
@@ -559,7 +573,7 @@ def run(options: argparse.Namespace, progress: Tick = lambda step, text: None) -
 def main() -> None:
     options = parse()
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if find_device(options.device).type == "cuda" else "gloo")
     console = Console(stderr=True, quiet=ranks() and dist.get_rank() > 0)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     try:
@@ -569,7 +583,7 @@ def main() -> None:
             row = training.train(
                 lambda step, text: progress.update(task, completed=step, description=text)
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
     finally:
         if ranks():

@@ -342,12 +342,13 @@ def test_after_kill_it_goes_on_as_if_nothing_had_been(
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-                "--master-port=29533", "examples/train.py"]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node=2", "examples/train.py"]  # fmt: skip
     argv = ["--steps=20", "--evaluations=1", "--threads=1", "--warmup=0.2", "--out", str(tmp_path)]
     finish(start(*torchrun, *argv))
     row = json.loads((tmp_path / "row.json").read_text())
     assert row["processes"] == 2 and row["test_accuracy"] > 40
+    assert row["command"].startswith("torchrun --nproc-per-node=2 examples/train.py --steps 20")
     states = [torch.load(tmp_path / name) for name in ("last.pt", "last-rank1.pt")]
     for one, other in zip(*(state["network"].items() for state in states), strict=True):
         if "running" not in one[0]:  # BatchNorm's statistics are each rank's own
@@ -364,6 +365,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         (["--batch-size=127"], "--batch-size must be even, got 127"),
         (["--steps=0"], "--steps must be positive, got 0"),
         (["--warmup=2"], "--warmup must be in [0, 1], got 2.0"),
+        (["--temperature=0"], "--temperature must be positive, got 0.0"),
         (["--method=dino"], "argument --method: invalid choice: 'dino'"),
     ],
 )
@@ -387,6 +389,12 @@ def test_what_does_not_fit(argv: list[str], message: str, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "new", *argv)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--device cuda: torch sees no GPU here"):
+        run(tmp_path / "new", "--device=cuda")
 
 
 def test_no_training_is_lost(tmp_path: Path) -> None:
