@@ -191,7 +191,9 @@ def differences(rows: Rows) -> Figure | None:
 
 def factors(rows: Rows) -> Figure | None:
     """A panel for each grid of FACTORS: what DLB adds to others, under each condition."""
-    grids = {grid: pick(rows, grid) for grid in FACTORS if values(pick(rows, grid), FACTORS[grid])}
+    grids = {
+        grid: pick(rows, grid) for grid in FACTORS if len(values(pick(rows, grid), "method")) > 1
+    }
     if not grids:
         return None
     most = max(len(conditions(some, FACTORS[grid])) for grid, some in grids.items())
