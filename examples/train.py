@@ -29,7 +29,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -517,7 +516,8 @@ def find_device(name: str | None) -> torch.device:
             raise ValueError(f"--device {name}: torch sees no GPU here")
         if "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)  # for the clock's events, too
+        if device.index is not None:
+            torch.cuda.set_device(device)  # for the clock's events, too
     return device
 
 
@@ -534,6 +534,8 @@ def peak_memory_mib(device: torch.device) -> float:
     data and Python included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
@@ -572,11 +574,12 @@ def run(options: argparse.Namespace, progress: Tick = lambda step, text: None) -
 
 def main() -> None:
     options = parse()
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if find_device(options.device).type == "cuda" else "gloo")
-    console = Console(stderr=True, quiet=ranks() and dist.get_rank() > 0)
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     try:
+        if "WORLD_SIZE" in os.environ:
+            on_gpu = find_device(options.device).type == "cuda"
+            dist.init_process_group("nccl" if on_gpu else "gloo")
         training = Training(options)
         with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
             task = progress.add_task("", total=training.steps)
