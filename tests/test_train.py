@@ -256,6 +256,12 @@ def test_mixed_images(argv: tuple[str, ...], tmp_path: Path) -> None:
     assert row["test_accuracy"] > 40
 
 
+@pytest.mark.parametrize("argv", [("--amp=fp16",), ("--amp=fp16", "--loss=naive"), ("--amp=bf16",)])
+def test_half_precision(argv: tuple[str, ...], tmp_path: Path) -> None:
+    row = run(tmp_path, "--steps=40", "--evaluations=1", "--warmup=0.2", *argv)
+    assert row["test_accuracy"] > 50
+
+
 def test_compiled(tmp_path: Path) -> None:
     row = run(tmp_path, "--steps=6", "--evaluations=1", "--compile", "--schedule=cosine")
     assert row["compile"] and row["curve"][-1]["ce"] < 2.5
