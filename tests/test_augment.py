@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from kornia.augmentation import auto
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
@@ -151,7 +152,6 @@ def test_a_policy_is_drawn_for_each_image_and_no_operation_twice(
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_of_kornia(name: str) -> None:
-    pytest.importorskip("kornia")
     grey = random_images(1, 1, 16, 16).expand(64, -1, -1, -1).contiguous()
     data = make_data(grey, padding=1)
     view = make_augment(name, data)
@@ -171,7 +171,6 @@ def test_policies_of_kornia(name: str) -> None:
 
 
 def test_shear_and_posterize_keep_the_ranges_of_the_papers() -> None:
-    auto = pytest.importorskip("kornia.augmentation.auto")
     ranges = {name: [[(name, *limits)]] for name, *limits in augment.OPERATIONS}
     line = torch.zeros(50, 3, 41, 41)
     line[..., 20] = 1
@@ -195,15 +194,12 @@ def test_bad_input() -> None:
     data = make_data(random_images(2, 2, 8, 8))
     with pytest.raises(ValueError, match=r"augment must be one of none, standard, .* is 'mixup'"):
         make_augment("mixup", data)
-    pytest.importorskip("kornia")
     with pytest.raises(ValueError, match="for images of 1 or 3 channels, not 2"):
         make_augment("autoaugment", data)(data.train.images)
 
 
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_spawned_workers_can_have_it(name: str) -> None:
-    if name in POLICIES:
-        pytest.importorskip("kornia")
     data = make_data(random_images(4, 1, 8, 8))
     copy = pickle.loads(pickle.dumps(make_augment(name, data)))
     assert copy(data.train.images).shape == (4, 1, 8, 8)
