@@ -30,15 +30,19 @@ inline int32_t dtype_of(const TensorView& tensor) {
                                      : DLB_FLOAT32;
 }
 
+inline PyObject* const* items(PyObject* tuple, Py_ssize_t size) {
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != size)
+    throw py::value_error("not the tuples that dlb_fused/native.py describes");
+  return &PyTuple_GET_ITEM(tuple, 0);
+}
+
 // `args` is a LossArgs of dlb_fused/backends.py. scalars: ce_count, kl_count, grad_scale. outputs:
 // loss, parts, dlogits, next_logits, next_labels, next_valid, stats.
-inline DlbArgs args_from(const py::tuple& args, const py::tuple& scalars, const py::tuple& outputs,
-                         int64_t fresh, int32_t threads) {
-  if (args.size() < 24 || scalars.size() != 3 || outputs.size() != 7)
-    throw py::value_error("not the tuples that dlb_fused/native.py describes");
-  PyObject* const* given = &PyTuple_GET_ITEM(args.ptr(), 0);
-  PyObject* const* scalar = &PyTuple_GET_ITEM(scalars.ptr(), 0);
-  PyObject* const* written = &PyTuple_GET_ITEM(outputs.ptr(), 0);
+inline DlbArgs args_from(PyObject* args, PyObject* scalars, PyObject* outputs, int64_t fresh,
+                         int32_t threads) {
+  PyObject* const* given = items(args, 24);
+  PyObject* const* scalar = items(scalars, 3);
+  PyObject* const* written = items(outputs, 7);
   const TensorView logits(given[0]), last_logits(given[2]), dlogits(written[2]);
 
   DlbArgs a = {};

@@ -151,6 +151,11 @@ inline bool rows_of_classes(const DLTensor& t) {
          is_real(t.dtype);
 }
 
+inline bool requires_grad(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+  return owned(PyObject_GetAttr(tensor, name)).is(py::handle(Py_True));
+}
+
 // Whether it is a torch.Tensor itself, no subclass, that is what its memory says.
 inline bool plain_tensor(PyObject* object, DLTensor& t) {
   static const Method is_neg("is_neg");
@@ -165,23 +170,20 @@ inline bool plain_tensor(PyObject* object, DLTensor& t) {
 
 // m, if the tensors of a call are what dlb_fused/checks.py asks for and nothing needs to be copied;
 // -1 if the checks there must say what is wrong, or a copy be made.
-inline int64_t plain_overlap(py::handle logits, py::handle labels, py::handle last_logits) {
-  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+inline int64_t plain_overlap(PyObject* logits, PyObject* labels, PyObject* last_logits) {
   DLTensor z, y, u;
-  if (!plain_tensor(logits.ptr(), z) || !plain_tensor(labels.ptr(), y)) return -1;
+  if (!plain_tensor(logits, z) || !plain_tensor(labels, y)) return -1;
   const auto beside_logits = [&z](const DLTensor& t) {
     return t.device_type == z.device_type && t.device_id == z.device_id;
   };
   if (!rows_of_classes(z) || !(y.dtype == kInt64) || y.ndim != 1 || y.shape[0] != z.shape[0] ||
       (y.strides[0] != 1 && y.shape[0] > 1) || !beside_logits(y))
     return -1;
-  if (last_logits.is_none()) return 0;
-  if (!plain_tensor(last_logits.ptr(), u) || !rows_of_classes(u) || !beside_logits(u)) return -1;
+  if (last_logits == Py_None) return 0;
+  if (!plain_tensor(last_logits, u) || !rows_of_classes(u) || !beside_logits(u)) return -1;
   if (u.shape[1] != z.shape[1] || u.shape[0] > z.shape[0]) return -1;
   if ((u.dtype == kFloat64) != (z.dtype == kFloat64)) return -1;
-  if (!owned(PyObject_GetAttr(last_logits.ptr(), requires_grad)).is(py::handle(Py_False)))
-    return -1;
-  return u.shape[0];
+  return requires_grad(last_logits) ? -1 : u.shape[0];
 }
 
 }  // namespace dlb

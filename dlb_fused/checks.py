@@ -1,35 +1,38 @@
 """The checks at the door: each names the argument, what was expected and what came. None asks the
 device anything.
 
-For a few rows the checks would cost more than the loss. So `plain_overlap` looks first, in C++
-(csrc/tensor_view.h), whether a call is of the common kind that needs none of them."""
+For a few rows the checks would cost more than the loss. So `plain_args` looks first, in C++
+(csrc/plain_args.h), whether a call is of the common kind that needs none of them."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dlb_fused import native
+from dlb_fused.backends import LossArgs
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def plain_overlap(logits: Any, labels: Any, last_logits: Any) -> int:
-    """m, if `check_logits` and `check_last_logits` would pass and copy nothing; else, or where that
-    is not known, -1."""
-    return -1 if torch.compiler.is_compiling() else _plain_overlap(logits, labels, last_logits)
+_DEFAULTS = LossArgs(None, None)  # type: ignore[arg-type]
 
 
-def _plain_overlap(*tensors: Any) -> int:
-    """Takes the name of the C++ function at the first call, if that was built."""
-    global _plain_overlap
-    try:
-        _plain_overlap = importlib.import_module("dlb_fused._cpu").plain_overlap
-    except ImportError:  # native.py says why, if the backend is asked for
-        _plain_overlap = lambda *_: -1  # noqa: E731
-    return _plain_overlap(*tensors)
+def plain_args(*call: Any) -> LossArgs | None:
+    """What a backend gets for (logits, labels, last_logits, ignore_index, label_smoothing,
+    temperature, alpha), if all checks would pass and convert nothing; else, or where that is not
+    known, None."""
+    if torch.compiler.is_compiling() or native._kernel is None:
+        return None
+    return native._kernel.plain_args(_DEFAULTS, torch.is_grad_enabled(), *call)
+
+
+def is_number(tensor: Tensor, number: float | Tensor) -> bool:
+    """Whether a 0-dim tensor is that float; False where the host does not know."""
+    return native._kernel is not None and native._kernel.is_number(tensor, number)
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> None:

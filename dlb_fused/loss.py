@@ -33,7 +33,7 @@ from dlb_fused.checks import (
     check_logits,
     check_number,
     check_options,
-    plain_overlap,
+    plain_args,
     rows_contiguous,
 )
 from dlb_fused.counts import with_global_counts
@@ -145,9 +145,13 @@ def dlb_loss(
         >>> print(f"{loss.item():.4f}")
         0.3390
     """
-    soft, rows = None, logits
-    m = plain_overlap(logits, labels, last_logits)
-    if m < 0:
+    args, soft = None, None
+    tensors = weight is normalizer is grad_scale is labels_b is lam is None
+    if tensors and inplace is distill_ignored is False:
+        args = plain_args(
+            logits, labels, last_logits, ignore_index, label_smoothing, temperature, alpha
+        )
+    if args is None:
         if isinstance(labels, Tensor) and labels.dim() == 2:
             refuse_second_label(labels, labels_b, lam)
             if labels.is_floating_point():
@@ -157,21 +161,21 @@ def dlb_loss(
                     logits, labels, last_logits, temperature, alpha
                 )
         check_logits(logits, labels)
-        rows, labels, m = rows_contiguous(logits), labels.contiguous(), 0
+        rows, m = rows_contiguous(logits), 0
         if last_logits is not None:
             last_logits = check_last_logits(last_logits, logits)
             m = last_logits.shape[0]
-    options = check_options(
-        logits, m, weight, ignore_index, label_smoothing, temperature, alpha, normalizer, grad_scale
-    )
-    need_grad = logits.requires_grad and torch.is_grad_enabled()
-    if inplace and need_grad:
-        check_inplace(logits, rows, last_logits, options[-1])
-    teacher = (last_logits, m, None, None, None)
-    gradient = (need_grad, inplace and need_grad)
-    args = LossArgs(*(rows, labels, *teacher, *options, *gradient))
-    if not (labels_b is lam is None and distill_ignored is False):
+        options = check_options(
+            *(logits, m, weight, ignore_index, label_smoothing, temperature, alpha),
+            *(normalizer, grad_scale),
+        )
+        need_grad = logits.requires_grad and torch.is_grad_enabled()
+        if inplace and need_grad:
+            check_inplace(logits, rows, last_logits, options[-1])
         check_flag("distill_ignored", distill_ignored)
+        teacher = (last_logits, m, None, None, None)
+        gradient = (need_grad, inplace and need_grad)
+        args = LossArgs(*(rows, labels.contiguous(), *teacher, *options, *gradient))
         second = check_labels_b(logits, labels_b, lam)
         args = args._replace(**second, distill_ignored=distill_ignored)
     loss, out = compute(args, backend) if soft is None else compute_soft(args, soft, backend)

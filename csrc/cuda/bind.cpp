@@ -15,7 +15,7 @@ namespace {
 // The first member of a DlbCudaArgs as bytes; see args_from.
 py::bytes pack(const py::tuple& args, const py::tuple& scalars, const py::tuple& outputs,
                int64_t fresh) {
-  const DlbArgs a = dlb::args_from(args, scalars, outputs, fresh, 0);
+  const DlbArgs a = dlb::args_from(args.ptr(), scalars.ptr(), outputs.ptr(), fresh, 0);
   return py::bytes(reinterpret_cast<const char*>(&a), sizeof(a));
 }
 
