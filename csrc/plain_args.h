@@ -1,7 +1,7 @@
-// The checks of a common call, and what the kernel gets, in one function: in Python they would take
-// longer than the loss of a few rows.
+// What an ordinary call needs of Python, in C++: for a few rows, the checks and the arguments of
+// the kernel would take longer than the loss.
 #pragma once
-#include <cmath>
+#include <cfloat>
 
 #include "tensor_view.h"
 
@@ -13,53 +13,45 @@ inline bool float_between(PyObject* number, double low, double high) {
 }
 
 // (defaults, grad_enabled, logits, labels, last_logits, ignore_index, label_smoothing, temperature,
-// alpha). The LossArgs of dlb_fused/backends.py, where `defaults` is one without tensors; None if
-// the checks of dlb_fused/checks.py must say what is wrong, or convert something.
+// alpha): a LossArgs of dlb_fused/backends.py like `defaults`, with these in it. None if the checks
+// of dlb_fused/checks.py must say what is wrong, or convert something.
 inline PyObject* plain_args(PyObject* const* given) {
-  constexpr int kNeedGrad = 15;
-  PyObject *const defaults = given[0], *const logits = given[2];
-  PyObject *const ignore_index = given[5], *const smoothing = given[6];
-  PyObject *const temperature = given[7], *const alpha = given[8];
-  const double largest = std::numeric_limits<double>::max();
-  const int64_t m = plain_overlap(logits, given[3], given[4]);
-  if (m < 0 || !PyLong_CheckExact(ignore_index) || !float_between(smoothing, 0, 1) ||
-      !float_between(temperature, std::numeric_limits<double>::denorm_min(), largest) ||
-      !float_between(alpha, 0, largest))
+  enum Field { kLogits, kOverlap = 3, kIgnoreIndex = 8, kNeedGrad = 15, kFields = 24 };
+  PyObject* const defaults = given[0];
+  PyObject* const* const tensors = given + 2;
+  PyObject* const* const numbers = given + 5;
+  const int64_t m = plain_overlap(tensors[0], tensors[1], tensors[2]);
+  if (m < 0 || !PyLong_CheckExact(numbers[0]) || !float_between(numbers[1], 0, 1) ||
+      !float_between(numbers[2], DBL_TRUE_MIN, DBL_MAX) || !float_between(numbers[3], 0, DBL_MAX))
     Py_RETURN_NONE;
+  const bool need_grad = given[1] == Py_True && requires_grad(tensors[0]);
+  items(defaults, kFields);
 
-  const Py_ssize_t size = PyTuple_GET_SIZE(defaults);
   PyTypeObject* const type = Py_TYPE(defaults);
-  const py::object args = owned(type->tp_alloc(type, size));
-  for (Py_ssize_t i = 0; i < size; ++i) {
+  const py::object args = owned(type->tp_alloc(type, kFields));
+  for (int i = 0; i < kFields; ++i) {
     PyObject* field = PyTuple_GET_ITEM(defaults, i);
-    switch (i) {
-      case 0: field = logits; break;
-      case 1: field = given[3]; break;
-      case 2: field = given[4]; break;
-      case 8: field = ignore_index; break;
-      case 9: field = smoothing; break;
-      case 10: field = temperature; break;
-      case 11: field = alpha; break;
-      case kNeedGrad: field = given[1] == Py_True && requires_grad(logits) ? Py_True : Py_False; break;
-    }
-    if (i == 3) field = PyLong_FromLongLong(m); else Py_INCREF(field);
-    PyTuple_SET_ITEM(args.ptr(), i, field);
+    if (i < kOverlap) field = tensors[i - kLogits];
+    if (i >= kIgnoreIndex && i < kIgnoreIndex + 4) field = numbers[i - kIgnoreIndex];
+    if (i == kNeedGrad) field = need_grad ? Py_True : Py_False;
+    PyTuple_SET_ITEM(args.ptr(), i,
+                     i == kOverlap ? PyLong_FromLongLong(m) : (Py_INCREF(field), field));
   }
   return args.inc_ref().ptr();
 }
 
-// (tensor, number): whether a tensor in the host's memory is that float; false where that is not
-// known.
+// (tensor, number): whether a 0-dim tensor in the host's memory is that float; false where that is
+// not known.
 inline PyObject* is_number(PyObject* const* given) {
   constexpr int32_t kCpu = 1;
   DLTensor t;
   bool same = false;
   if (PyFloat_CheckExact(given[1]) && plain_tensor(given[0], t) && t.device_type == kCpu &&
       t.ndim == 0) {
-    const void* value = static_cast<const char*>(t.data) + t.byte_offset;
+    const char* value = static_cast<const char*>(t.data) + t.byte_offset;
     const double number = PyFloat_AS_DOUBLE(given[1]);
-    same = (t.dtype == kFloat32 && *static_cast<const float*>(value) == number) ||
-           (t.dtype == kFloat64 && *static_cast<const double*>(value) == number);
+    same = (t.dtype == kFloat32 && *reinterpret_cast<const float*>(value) == number) ||
+           (t.dtype == kFloat64 && *reinterpret_cast<const double*>(value) == number);
   }
   return PyBool_FromLong(same);
 }

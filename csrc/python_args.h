@@ -30,12 +30,6 @@ inline int32_t dtype_of(const TensorView& tensor) {
                                      : DLB_FLOAT32;
 }
 
-inline PyObject* const* items(PyObject* tuple, Py_ssize_t size) {
-  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != size)
-    throw py::value_error("not the tuples that dlb_fused/native.py describes");
-  return &PyTuple_GET_ITEM(tuple, 0);
-}
-
 // `args` is a LossArgs of dlb_fused/backends.py. scalars: ce_count, kl_count, grad_scale. outputs:
 // loss, parts, dlogits, next_logits, next_labels, next_valid, stats.
 inline DlbArgs args_from(PyObject* args, PyObject* scalars, PyObject* outputs, int64_t fresh,

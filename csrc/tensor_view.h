@@ -75,6 +75,12 @@ inline int64_t integer(PyObject* number) {
   return value;
 }
 
+inline PyObject* const* items(PyObject* tuple, Py_ssize_t size) {
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != size)
+    throw py::value_error("not a tuple of the size that dlb_fused/native.py describes");
+  return &PyTuple_GET_ITEM(tuple, 0);
+}
+
 class Method {
  public:
   explicit Method(const char* name) : name_(PyUnicode_InternFromString(name)) {}

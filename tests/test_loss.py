@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -10,14 +11,17 @@ import warnings
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import Case, fp64_truth, relative_error
 from torch._subclasses import FakeTensorMode
 
 import dlb_fused.loss as loss_module
-from dlb_fused import DLBLoss, backends, dlb_loss, native
-from dlb_fused.checks import check_options, plain_overlap
+from dlb_fused import DLBLoss, backends, checks, dlb_loss, native
+from dlb_fused.autograd import compute
+from dlb_fused.backends import LossArgs
+from dlb_fused.checks import check_options, plain_args
 
 with FakeTensorMode():
     FAKE = torch.zeros(4, dtype=torch.int64)
@@ -290,14 +294,19 @@ def test_the_classes_are_exported() -> None:
 
 @pytest.mark.skipif(native._kernel is None, reason="dlb_fused._cpu is not built")
 class TestPlainCalls:
-    """`plain_overlap` lets the checks be skipped: only where they would pass and copy nothing."""
+    """`plain_args` lets the checks be skipped: only where they would pass and convert nothing."""
 
     logits, last_logits = torch.randn(6, 5), torch.randn(3, 5)
     labels = torch.zeros(6, dtype=torch.int64)
 
+    def args(self, **changed: Any) -> LossArgs | None:
+        call = {"logits": self.logits, "labels": self.labels, "last_logits": self.last_logits}
+        options = {"ignore_index": -100, "label_smoothing": 0.0, "temperature": 3.0, "alpha": 1.0}
+        return plain_args(*{**call, **options, **changed}.values())
+
     def overlap(self, **changed: Any) -> int:
-        names = ("logits", "labels", "last_logits")
-        return plain_overlap(*(changed.get(name, getattr(self, name)) for name in names))
+        args = self.args(**changed)
+        return -1 if args is None else args.overlap
 
     def test_plain(self) -> None:
         assert self.overlap() == 3
@@ -332,6 +341,20 @@ class TestPlainCalls:
             ("last_logits", torch.randn(3, 5).requires_grad_()),
             ("last_logits", torch.randn(5, 3).T),
             ("last_logits", torch._neg_view(torch.randn(3, 5))),
+            ("ignore_index", -100.0),
+            ("ignore_index", True),
+            ("label_smoothing", 0),
+            ("label_smoothing", -0.1),
+            ("label_smoothing", 1.1),
+            ("temperature", 3),
+            ("temperature", 0.0),
+            ("temperature", math.inf),
+            ("temperature", math.nan),
+            ("temperature", np.float64(3.0)),
+            ("temperature", torch.tensor(3.0)),
+            ("alpha", -1.0),
+            ("alpha", math.inf),
+            ("alpha", math.nan),
         ],
     )
     def test_not_plain(self, name: str, value: Any) -> None:
@@ -339,10 +362,75 @@ class TestPlainCalls:
 
     def test_not_in_a_transform(self) -> None:
         seen = []
-        torch.vmap(lambda z: seen.append(plain_overlap(z, self.labels, None)) or z)(
+        torch.vmap(lambda z: seen.append(self.overlap(logits=z, last_logits=None)) or z)(
             self.logits[None]
         )
         assert seen == [-1]
+
+    @pytest.mark.parametrize("grad", [True, False])
+    @pytest.mark.parametrize("teacher", [True, False])
+    def test_the_arguments_are_those_of_the_checks(
+        self, grad: bool, teacher: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[LossArgs] = []
+
+        def compute_and_keep(args: LossArgs, backend: str) -> Any:
+            seen.append(args)
+            return compute(args, backend)
+
+        monkeypatch.setattr("dlb_fused.loss.compute", compute_and_keep)
+        call = (self.logits.clone().requires_grad_(), self.labels)
+        options: dict[str, Any] = {"ignore_index": 7, "label_smoothing": 0.2, "temperature": 2.0}
+        options["last_logits"] = self.last_logits if teacher else None
+        with torch.set_grad_enabled(grad):
+            dlb_loss(*call, **options, alpha=0.5)
+            monkeypatch.setattr("dlb_fused.loss.plain_args", lambda *_: None)
+            dlb_loss(*call, **options, alpha=0.5)
+        plain, checked = seen
+        assert type(plain) is LossArgs and plain.need_grad is grad
+        for name, x, y in zip(LossArgs._fields, plain, checked, strict=True):
+            same = x is y or name == "logits" if isinstance(x, torch.Tensor) else x == y
+            assert same and type(x) is type(y), name
+
+    def test_nothing_is_kept(self) -> None:
+        """The function in C++ counts its references right."""
+        seven, tau = int("1000000007"), float("2.5")
+        counted = [self.logits, self.labels, self.last_logits, seven, tau, checks._DEFAULTS]
+        counted += [None, True, False, *checks._DEFAULTS]
+
+        def counts() -> list[int]:
+            return [sys.getrefcount(x) for x in counted]
+
+        for options in ({}, {"temperature": tau, "ignore_index": seven}, {"alpha": -1.0}):
+            before = counts()
+            for _ in range(1000):
+                self.args(**options)
+            assert max(abs(x - y) for x, y in zip(before, counts(), strict=True)) < 500
+
+
+@pytest.mark.skipif(native._kernel is None, reason="dlb_fused._cpu is not built")
+@pytest.mark.parametrize(
+    ("tensor", "number", "known"),
+    [
+        (torch.tensor(1.0), 1.0, True),
+        (torch.tensor(0.1), 0.1, False),  # as floats they are the same, as numbers not
+        (torch.tensor(0.1, dtype=torch.float64), 0.1, True),
+        (torch.ones(3)[1], 1.0, True),
+        (torch.tensor(2.0), 1.0, False),
+        (torch.tensor(math.nan), math.nan, False),
+        (torch.tensor(1), 1.0, False),
+        (torch.tensor(1.0), 1, False),
+        (torch.tensor(1.0), torch.tensor(1.0), False),
+        (torch.ones(1), 1.0, False),
+        (torch._neg_view(torch.tensor(1.0)), 1.0, False),
+        (torch.empty((), device="meta"), 1.0, False),
+        (torch.tensor(1.0, dtype=torch.float16), 1.0, False),
+        (torch.nn.Parameter(torch.tensor(1.0)), 1.0, False),
+    ],
+)
+def test_is_number(tensor: torch.Tensor, number: Any, known: bool) -> None:
+    """True only for what is a plain tensor of the host; False is always safe."""
+    assert checks.is_number(tensor, number) is known
 
 
 def test_a_negative_view_is_resolved(backend_device: tuple[str, str]) -> None:
@@ -358,12 +446,12 @@ WITHOUT_EXCHANGE = """
 import torch
 del torch.Tensor.__dlpack_c_exchange_api__  # as in torch before 2.10
 from dlb_fused import DLBLoss, backends, dlb_loss
-from dlb_fused.checks import plain_overlap
+from dlb_fused.checks import plain_args
 
 labels, temperature = torch.tensor([1, -100, 4, 2]), torch.tensor([2.0, 3.0])
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     logits, last_logits = torch.randn(4, 9).to(dtype)[:, 2:7], torch.randn(2, 5).to(dtype)
-    assert plain_overlap(logits, labels, last_logits) == -1
+    assert plain_args(logits, labels, last_logits, -100, 0.0, 3.0, 1.0) is None
     loss = {}
     for backend in ("cpu", "eager"):
         options = {"temperature": temperature.to(torch.promote_types(dtype, torch.float32))}

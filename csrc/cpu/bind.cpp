@@ -18,13 +18,12 @@ int64_t run(const DlbArgs& a) {
 
 // (args, scalars, outputs, fresh, threads): see args_from. The result is that of dlb_cpu_loss.
 PyObject* loss(PyObject* const* given) {
-  return PyLong_FromLongLong(run(dlb::args_from(given[0], given[1], given[2],
-                                                dlb::integer(given[3]),
-                                                int32_t(dlb::integer(given[4])))));
+  return PyLong_FromLongLong(run(dlb::args_from(
+      given[0], given[1], given[2], dlb::integer(given[3]), int32_t(dlb::integer(given[4])))));
 }
 
-// A function of exactly kCount arguments, called without pybind11's conversions: they take as long
-// as the rest of a call for a few rows.
+// A function of exactly kCount arguments, without pybind11's conversions: for a few rows they would
+// take as long as the kernel.
 template <PyObject* (*kFunction)(PyObject* const*), int kCount>
 PyObject* fast(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != kCount) return PyErr_Format(PyExc_TypeError, "%d arguments, not %zd", kCount, count);
@@ -41,15 +40,19 @@ PyObject* fast(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 template <PyObject* (*kFunction)(PyObject* const*), int kCount>
-constexpr PyMethodDef method(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&fast<kFunction, kCount>)), METH_FASTCALL, nullptr};
+PyMethodDef method(const char* name) {
+  return {name,
+          reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&fast<kFunction, kCount>)),
+          METH_FASTCALL, nullptr};
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
-  static PyMethodDef functions[] = {method<loss, 5>("loss"), method<dlb::plain_args, 9>("plain_args"),
-                                    method<dlb::is_number, 2>("is_number"), {}};
+  static PyMethodDef functions[] = {method<loss, 5>("loss"),
+                                    method<dlb::plain_args, 9>("plain_args"),
+                                    method<dlb::is_number, 2>("is_number"),
+                                    {}};
   dlb::Torch::get();
   if (PyModule_AddFunctions(m.ptr(), functions)) throw py::error_already_set();
   m.def("has_thread_pool", &dlb_cpu_has_thread_pool);
