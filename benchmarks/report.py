@@ -252,6 +252,7 @@ def facts(device: str, threads: int) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if device != "cpu" else None,
             "l2_bytes": l2_bytes(device),
             "system": platform.platform(),
+            "malloc": malloc(),
             "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         },
         "versions": {
@@ -263,6 +264,13 @@ def facts(device: str, threads: int) -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain")),
     }
+
+
+def malloc(maps: Path = Path("/proc/self/maps")) -> str | None:
+    """The malloc that this process has in place of libc's, if any: it decides whether a large
+    gradient gets new pages at each step."""
+    found = re.search(r"/lib((?:tc|je|mi)malloc)", maps.read_text() if maps.exists() else "")
+    return found[1] if found else None
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -307,14 +315,16 @@ def model_of(settings: Settings) -> str:
 
 def caption(settings: Settings) -> str:
     threads = f", {settings.threads} threads" * (settings.device == "cpu")
+    versions = ", ".join(filter(None, [f"torch {torch.__version__}", malloc()]))
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    return f"{model_of(settings)}{threads}, torch {torch.__version__}, {today}"
+    return f"{model_of(settings)}{threads}, {versions}, {today}"
 
 
 def write(report: Report, folder: Path, bars: Sequence[dict[str, Any]]) -> Path:
     """Writes JSON, named after the device; returns its path."""
     settings = report.settings
-    stem = f"{settings.device}-{model_of(settings)}" + "-quick" * settings.quick
+    stem = "-".join([settings.device, model_of(settings), malloc() or ""])
+    stem += "-quick" * settings.quick
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") + ".json")
     path.write_text(dump(as_json(report) | {"bars": list(bars)}))
