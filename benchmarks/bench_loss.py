@@ -20,8 +20,8 @@ as many threads into memory that is used again; "copy[fresh]" into new memory, a
 
 Operations: on a GPU the kernels that a step launches and the calls in which the host waits; on a
 CPU the aten operations that a step dispatches (not what runs inside a compiled or fused kernel) and
-the values that the host reads, each of which would be a wait on a GPU. (dlb_loss reads its upstream
-gradient on a CPU only, where that is no wait.)
+the values that the host reads by an operation, each of which would be a wait on a GPU. (On a CPU,
+and only there, dlb_loss looks at its upstream gradient too, by its address.)
 """
 
 from __future__ import annotations

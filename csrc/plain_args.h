@@ -16,7 +16,7 @@ inline bool float_between(PyObject* number, double low, double high) {
 // alpha): a LossArgs of dlb_fused/backends.py like `defaults`, with these in it. None if the checks
 // of dlb_fused/checks.py must say what is wrong, or convert something.
 inline PyObject* plain_args(PyObject* const* given) {
-  enum Field { kLogits, kOverlap = 3, kIgnoreIndex = 8, kNeedGrad = 15, kFields = 24 };
+  enum Field { kLogits, kOverlap = 3, kIgnoreIndex = 8, kNeedGrad = 15 };
   PyObject* const defaults = given[0];
   PyObject* const* const tensors = given + 2;
   PyObject* const* const numbers = given + 5;
@@ -25,11 +25,11 @@ inline PyObject* plain_args(PyObject* const* given) {
       !float_between(numbers[2], DBL_TRUE_MIN, DBL_MAX) || !float_between(numbers[3], 0, DBL_MAX))
     Py_RETURN_NONE;
   const bool need_grad = given[1] == Py_True && requires_grad(tensors[0]);
-  items(defaults, kFields);
+  items(defaults, kArgs);
 
   PyTypeObject* const type = Py_TYPE(defaults);
-  const py::object args = owned(type->tp_alloc(type, kFields));
-  for (int i = 0; i < kFields; ++i) {
+  const py::object args = owned(type->tp_alloc(type, kArgs));
+  for (int i = 0; i < kArgs; ++i) {
     PyObject* field = PyTuple_GET_ITEM(defaults, i);
     if (i < kOverlap) field = tensors[i - kLogits];
     if (i >= kIgnoreIndex && i < kIgnoreIndex + 4) field = numbers[i - kIgnoreIndex];

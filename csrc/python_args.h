@@ -30,23 +30,18 @@ inline int32_t dtype_of(const TensorView& tensor) {
                                      : DLB_FLOAT32;
 }
 
-// `args` is a LossArgs of dlb_fused/backends.py. scalars: ce_count, kl_count, grad_scale. outputs:
-// loss, parts, dlogits, next_logits, next_labels, next_valid, stats.
-inline DlbArgs args_from(PyObject* args, PyObject* scalars, PyObject* outputs, int64_t fresh,
-                         int32_t threads) {
-  PyObject* const* given = items(args, 24);
-  PyObject* const* scalar = items(scalars, 3);
-  PyObject* const* written = items(outputs, 7);
-  const TensorView logits(given[0]), last_logits(given[2]), dlogits(written[2]);
+// `args` is a LossArgs of dlb_fused/backends.py. Fresh rows, counts and outputs come from
+// elsewhere.
+inline DlbArgs inputs_from(PyObject* args) {
+  PyObject* const* given = items(args, kArgs);
+  const TensorView logits(given[0]), last_logits(given[2]);
 
   DlbArgs a = {};
   a.B = logits.shape[0];
   a.C = logits.shape[1];
   a.overlap = integer(given[3]);
-  a.fresh = fresh;
   a.logits_stride = logits.row_stride();
   a.last_stride = last_logits.row_stride();
-  a.dlogits_stride = dlogits.row_stride();
   a.ignore_index = integer(given[8]);
   a.logits = logits.data;
   a.labels = address<int64_t>(given[1]);
@@ -58,23 +53,36 @@ inline DlbArgs args_from(PyObject* args, PyObject* scalars, PyObject* outputs, i
   a.label_smoothing = PyFloat_AsDouble(given[9]);
   put_setting(given[10], a.temperature, a.temperatures, a.temperature_step);
   put_setting(given[11], a.alpha, a.alphas, a.alpha_step);
-  a.ce_count = address(scalar[0]);
-  a.kl_count = address(scalar[1]);
-  a.grad_scale = address(scalar[2]);
-  a.loss = address(written[0]);
-  a.parts = address(written[1]);
-  a.dlogits = dlogits.data;
-  a.next_logits = address(written[3]);
-  a.next_labels = address<int64_t>(written[4]);
-  a.next_valid = address<uint8_t>(written[5]);
-  a.stats = address<int64_t>(written[6]);
   a.labels_b = address<int64_t>(given[21]);
   put_setting(given[22], a.lam, a.lams, a.lam_step);
   a.distill_ignored = given[23] == Py_True;
   a.dtype = dtype_of(logits);
   a.last_dtype = dtype_of(last_logits);
-  a.threads = threads;
   return a;
+}
+
+inline void put_gradient(DlbArgs& a, PyObject* dlogits) {
+  const TensorView tensor(dlogits);
+  a.dlogits = tensor.data;
+  a.dlogits_stride = tensor.row_stride();
+}
+
+// `outputs` are those of a LossOutputs.
+inline void put_outputs(DlbArgs& a, PyObject* const* outputs, PyObject* stats) {
+  a.loss = address(outputs[0]);
+  a.parts = address(outputs[1]);
+  put_gradient(a, outputs[2]);
+  a.next_logits = address(outputs[3]);
+  a.next_labels = address<int64_t>(outputs[4]);
+  a.next_valid = address<uint8_t>(outputs[5]);
+  a.stats = address<int64_t>(stats);
+}
+
+// (ce_count, kl_count, grad_scale): tensors or None.
+inline void put_scalars(DlbArgs& a, PyObject* const* scalars) {
+  a.ce_count = address(scalars[0]);
+  a.kl_count = address(scalars[1]);
+  a.grad_scale = address(scalars[2]);
 }
 
 }  // namespace dlb

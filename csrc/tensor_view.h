@@ -38,12 +38,16 @@ struct DLExchange {
 constexpr DLDataType kInt64 = {0, 64, 1}, kFloat16 = {2, 16, 1}, kFloat32 = {2, 32, 1},
                      kFloat64 = {2, 64, 1}, kBFloat16 = {4, 16, 1};
 
-// torch.Tensor and its table, null where this torch has none.
+// torch.Tensor and its table, null where this torch has none; torch.empty_like.
 struct Torch {
-  PyObject* tensor;
+  PyObject *tensor, *empty_like;
   const DLExchange* exchange = nullptr;
 
-  Torch() : tensor(py::object(py::module_::import("torch").attr("Tensor")).release().ptr()) {
+  static PyObject* attribute(const char* name) {
+    return py::object(py::module_::import("torch").attr(name)).release().ptr();
+  }
+
+  Torch() : tensor(attribute("Tensor")), empty_like(attribute("empty_like")) {
     const py::object table =
         py::getattr(py::handle(tensor), "__dlpack_c_exchange_api__", py::none());
     if (table.is_none()) return;
@@ -80,6 +84,9 @@ inline PyObject* const* items(PyObject* tuple, Py_ssize_t size) {
     throw py::value_error("not a tuple of the size that dlb_fused/native.py describes");
   return &PyTuple_GET_ITEM(tuple, 0);
 }
+
+// Of a LossArgs and a LossOutputs of dlb_fused/backends.py.
+constexpr Py_ssize_t kArgs = 24, kOutputs = 6;
 
 class Method {
  public:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -23,12 +24,13 @@ except ImportError as error:  # not built, or built for another Python or C++ li
     _missing = str(error)
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# loss and parts; empty_like is the cheapest way to a new tensor.
-_SCALARS = {
-    dtype: (torch.empty((), dtype=real), torch.empty(4, dtype=real))
+# loss and parts: empty_like is the cheapest way to a new tensor.
+_LIKE = {
+    dtype: LossOutputs(torch.empty((), dtype=real), torch.empty(4, dtype=real), *[None] * 4)
     for dtype in DTYPES
     for real in [torch.float64 if dtype == torch.float64 else torch.float32]
 }
+_NOT_CACHED = (None, None, None)
 
 
 def why_not(logits: Tensor) -> str | None:
@@ -45,43 +47,35 @@ def why_not(logits: Tensor) -> str | None:
 
 
 def forward(args: LossArgs) -> LossOutputs:
-    logits, fresh, stats = args.logits, args.fresh, args.stats
-    loss_like, parts_like = _SCALARS[logits.dtype]
-    loss, parts = torch.empty_like(loss_like), torch.empty_like(parts_like)
-    dlogits = next_logits = next_labels = next_valid = None
-    if args.need_grad:
-        dlogits = logits.detach() if args.inplace else _empty_rows(logits)
-    if fresh:
-        next_labels = torch.empty(fresh, dtype=torch.int64)
-        next_valid = torch.empty(fresh, dtype=torch.uint8)
-        if args.copy_logits:
-            next_logits = logits.new_empty((fresh, logits.shape[1]))
-    out = LossOutputs(loss, parts, dlogits, next_logits, next_labels, next_valid)
-    _call(args, (args.ce_count, args.kl_count, _scale(args, loss)), (*out, stats), fresh)
+    assert _kernel is not None
+    like, cached = _LIKE[args.logits.dtype], _cached(args) if args.fresh else _NOT_CACHED
+    out = _kernel.forward(args, like, cached, torch.get_num_threads())
+    if type(out) is int:
+        _fail(args, out)
     return out
 
 
-def _scale(args: LossArgs, loss: Tensor) -> Tensor | None:
-    """grad_scale for the kernel, in the type of the loss; None is 1."""
-    scale = args.grad_scale
-    if isinstance(scale, float):
-        return None if scale == 1 else loss.new_full((), scale)
-    return scale
+def _cached(args: LossArgs) -> tuple[Tensor | None, Tensor, Tensor]:
+    """next_logits, next_labels, next_valid."""
+    logits, fresh = args.logits, args.fresh
+    return (
+        logits.new_empty((fresh, logits.shape[1])) if args.copy_logits else None,
+        torch.empty(fresh, dtype=torch.int64),
+        torch.empty(fresh, dtype=torch.uint8),
+    )
 
 
 def backward(args: LossArgs, parts: Tensor, dloss: Tensor, dlogits: Tensor | None) -> Tensor:
+    assert _kernel is not None
     if dlogits is None:
-        dlogits = _empty_rows(args.logits)
+        dlogits = args.logits.new_empty(args.logits.shape)
     elif _same(dloss, args.grad_scale):
         return dlogits
-    outputs = (None, None, dlogits, None, None, None, None)
-    _call(args, (parts[2], parts[3], dloss), outputs, 0)
+    scalars = (parts[2], parts[3], dloss)
+    result = _kernel.backward(args, scalars, dlogits, torch.get_num_threads())
+    if result != _kernel.DONE:
+        _fail(args, result)
     return dlogits
-
-
-def _empty_rows(logits: Tensor) -> Tensor:
-    """(B, C) like logits, contiguous."""
-    return torch.empty_like(logits) if logits.is_contiguous() else logits.new_empty(logits.shape)
 
 
 def rescale_(dlogits: Tensor, dloss: Tensor, grad_scale: float | Tensor) -> None:
@@ -94,16 +88,8 @@ def _same(dloss: Tensor, grad_scale: float | Tensor) -> bool:
     return dloss.item() == grad_scale or bool(dloss == grad_scale)
 
 
-def _call(
-    args: LossArgs,
-    scalars: tuple[Tensor | None, Tensor | None, Tensor | None],
-    outputs: tuple[Tensor | None, ...],
-    fresh: int,
-) -> None:
+def _fail(args: LossArgs, result: int) -> NoReturn:
     assert _kernel is not None
-    bad_row = _kernel.loss(args, scalars, outputs, fresh, torch.get_num_threads())
-    if bad_row == _kernel.DONE:
-        return
-    if bad_row == _kernel.NO_MEMORY:
+    if result == _kernel.NO_MEMORY:
         raise MemoryError("dlb_loss: no memory for the working buffers of the CPU kernel")
-    raise IndexError(label_out_of_range(args, bad_row))
+    raise IndexError(label_out_of_range(args, result))

@@ -89,7 +89,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_by_the_list_of_operations(case: str) -> None:
-    """On a CPU one read is there, of the upstream gradient in backward, which the host holds."""
+    """No value is read, but by an older torch the upstream gradient, which the host holds."""
+    exchange = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
     make, options = CASES[case]
     criterion = DLBLoss(**options)  # type: ignore[arg-type]
     given = [make() for _ in range(4)]
@@ -101,8 +102,7 @@ def test_by_the_list_of_operations(case: str) -> None:
         with Ops() as backward:
             loss.backward()
         assert set(forward.counts) <= {"rest"}
-        assert set(backward.counts) <= {"rest", "_local_scalar_dense"}
-        assert backward.counts["_local_scalar_dense"] == 1
+        assert set(backward.counts) <= ({"rest"} if exchange else {"rest", "_local_scalar_dense"})
     assert criterion.stats().matched > 0
 
 

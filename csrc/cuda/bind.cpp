@@ -12,10 +12,15 @@ namespace py = pybind11;
 
 namespace {
 
-// The first member of a DlbCudaArgs as bytes; see args_from.
+// The first member of a DlbCudaArgs as bytes. scalars: ce_count, kl_count, grad_scale. outputs:
+// those of a LossOutputs, then the statistics.
 py::bytes pack(const py::tuple& args, const py::tuple& scalars, const py::tuple& outputs,
                int64_t fresh) {
-  const DlbArgs a = dlb::args_from(args.ptr(), scalars.ptr(), outputs.ptr(), fresh, 0);
+  DlbArgs a = dlb::inputs_from(args.ptr());
+  PyObject* const* written = dlb::items(outputs.ptr(), dlb::kOutputs + 1);
+  dlb::put_scalars(a, dlb::items(scalars.ptr(), 3));
+  dlb::put_outputs(a, written, written[dlb::kOutputs]);
+  a.fresh = fresh;
   return py::bytes(reinterpret_cast<const char*>(&a), sizeof(a));
 }
 
