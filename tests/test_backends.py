@@ -15,6 +15,7 @@ from cases import (
     relative_error,
     truth,
 )
+from torch.nn.functional import one_hot
 
 from dlb_fused import backends, dlb_loss
 from dlb_fused.backends import LossArgs, LossOutputs
@@ -47,6 +48,44 @@ def test_loss_and_gradient(case: Case, backend_device: tuple[str, str]) -> None:
         # Where the truth itself is small (a row that is nearly right), fp32 has fewer digits.
         bound = max(bound, 2 * eager_error(x))
     assert relative_error(gradient, want) <= bound
+
+
+MASKS = {
+    "teacher of few classes": (0, [], [(0, 4096)]),
+    "both from the front": (-200, [(0, 2100)], [(0, 2100)]),
+    "student from the front": (-200, [(0, 4096)], []),
+    "teacher in the middle": (-300, [(0, 2048)], [(2048, 4096)]),
+    "whole blocks in turn": (0, [(2048, 4096)], [(0, 2048), (4096, 4500)]),
+}
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_masked_stretches_of_long_rows(
+    masks: tuple[float, list[tuple[int, int]], list[tuple[int, int]]],
+    dtype: torch.dtype,
+    backend_device: tuple[str, str],
+) -> None:
+    """Kernels go over such a row in blocks, and a block may have no class with a weight at all."""
+    backend, device = backend_device
+    offset, student, teacher = masks
+    generator = torch.Generator().manual_seed(0)
+    z, u = torch.randn(2, 3, 5000, generator=generator, dtype=torch.float64)
+    z += offset + torch.linspace(0, 3, 5000)  # a maximum that rises from block to block
+    for rows, stretches in ((z, student), (u, teacher)):
+        for begin, end in stretches:
+            rows[:, begin:end] = -torch.inf
+    z, u, labels = z.to(device, dtype), u.to(device, dtype), torch.tensor([4990, 4500, 4501])
+    logits = z.clone().requires_grad_()
+    loss = dlb_loss(logits, labels.to(device), u, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    exact, last = z.double(), u.double()
+    (want, _, _) = truth(Inputs(exact, labels.to(device), last, {}))
+    assert want.isfinite() == (set(student) <= set(teacher))
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    pull = (exact / 3).softmax(1) - (last / 3).softmax(1)
+    want_gradient = (exact.softmax(1) - one_hot(labels.to(device), 5000)) / 3 + 3 * pull / 3
+    assert relative_error(gradient, want_gradient) < 2e-6
 
 
 @pytest.mark.parametrize("lam", [None, 0.3])

@@ -228,7 +228,7 @@ class RowKernel {
     const double z_old = z_top_, u_old = u_top_;
     if (z_top > z_top_) z_top_ = z_top;
     if (u_top > u_top_) u_top_ = u_top;
-    s_.runs[runs_++] = {at, reference(z_top_), reference(u_top_)};
+    s_.runs[runs_++] = {at, z_top_, u_top_};
     if (at == 0) return;
     const double z_shift = reference(z_old) - z_top_, u_shift = reference(u_old) - u_top_;
     const double student = std::isfinite(z_old) ? std::exp(z_shift / temperature_) : 0;
@@ -236,7 +236,9 @@ class RowKernel {
     sums_.other *= std::isfinite(z_old) ? std::exp(z_shift) : 0;
     sums_.smooth += weight_so_far_ * (reference(z_old) - reference(z_top_));
     if (!u_) return;
-    sums_.gap = teacher * (sums_.gap + sums_.teacher * (u_shift - z_shift));
+    // Where the teacher had no class yet there is no gap, and the shift may be infinite.
+    if (std::isfinite(u_old))
+      sums_.gap = teacher * (sums_.gap + sums_.teacher * (u_shift - z_shift));
     sums_.student *= student;
     sums_.teacher *= teacher;
   }
