@@ -160,8 +160,9 @@ class ChainWatch:
             warnings.warn(
                 "DLBLoss found rows that do not continue the last batch, so they are not "
                 "distilled: the first rows of each batch must be the fresh rows of the one before. "
-                "Use DataLoader(batch_sampler=OverlapBatchSampler(...)), and reset() when a new "
-                "chain begins; stats() has the counts. (Shown once.)",
+                "Use DataLoader(batch_sampler=OverlapBatchSampler(...)), one DLBLoss for each head "
+                "and one call a training step, eval() or no_grad() in validation, and reset() "
+                "only together with the sampler's; stats() has the counts. (Shown once.)",
                 RuntimeWarning,
                 stacklevel=6,
             )
@@ -176,7 +177,7 @@ class ChainWatch:
                 return self._copy.tolist()
         elif self._calls & (self._calls - 1) == 0 or self._calls % self.EVERY == 0:
             if self._copy is None:
-                self._copy = torch.empty(3, dtype=torch.int64, pin_memory=True)
+                self._copy = torch.empty(3, dtype=torch.int64, device="cpu", pin_memory=True)
             self._copy.copy_(stats, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

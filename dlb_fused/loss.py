@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,46 @@ class DLBParts(NamedTuple):
     kl_count: Tensor
 
 
+@overload
+def dlb_loss(
+    logits: Tensor,
+    labels: Tensor,
+    last_logits: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    temperature: float | Tensor = 3.0,
+    alpha: float | Tensor = 1.0,
+    normalizer: tuple[Tensor | float, Tensor | float] | None = None,
+    grad_scale: float | Tensor | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+    return_parts: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    distill_ignored: bool = False,
+) -> Tensor: ...
+@overload
+def dlb_loss(
+    logits: Tensor,
+    labels: Tensor,
+    last_logits: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    temperature: float | Tensor = 3.0,
+    alpha: float | Tensor = 1.0,
+    normalizer: tuple[Tensor | float, Tensor | float] | None = None,
+    grad_scale: float | Tensor | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+    return_parts: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    distill_ignored: bool = False,
+) -> DLBParts: ...
 def dlb_loss(
     logits: Tensor,
     labels: Tensor,
@@ -231,14 +271,19 @@ class DLBLoss(nn.Module):
     asking the device); rows [m:] are fresh, and are kept for the next call. A guard compares the
     cached labels with labels[:m] on the device: if one differs, that step is computed without KL,
     and a warning comes once. The cache is read and written only in training mode, with grad mode
-    on, for logits that require grad; validation cannot touch it.
+    on, for logits that require grad: validation cannot touch it under `torch.no_grad()`, or after
+    `eval()` of this module (the model's does not reach it, unless it is part of the model).
+
+    One module has one chain: make one for each head, and call it once a training step. `reset()`
+    goes with that of the sampler; after either alone no row would continue the last batch again.
 
     Args:
         temperature, alpha, weight, ignore_index, label_smoothing, normalizer, grad_scale, inplace,
             backend: as for `dlb_loss`; temperature and alpha may be given anew for each call.
         temperature, alpha: also a callable of the number of optimizer steps so far (committed
             training calls // lag; it outlives `reset()` and travels in the state), called at each
-            step. Under torch.compile and in CUDA graphs use a 0-dim tensor, and `fill_` it.
+            step. torch.compile leaves such a loss out of its graph, and counts no calls of others:
+            in it, as in CUDA graphs, better use a 0-dim tensor, and `fill_` it.
         normalizer: also "global": the counts of all ranks of the default process group, divided by
             their number, so that the mean of gradients that DDP takes is the gradient of the mean
             over all rows, however unequal the ranks' shares. One all_reduce of two numbers in each
@@ -382,6 +427,14 @@ class DLBLoss(nn.Module):
             ValueError: the batch is smaller than its overlap, or a wrong shape; see `dlb_loss` for
                 the others.
         """
+        settings = (self.temperature, self.alpha, temperature, alpha)
+        if torch.compiler.is_compiling() and any(map(callable, settings)):
+            # A compiled call would keep the callable's first value. For fullgraph=True use a 0-dim
+            # tensor and fill_ it before each step.
+            not_compiled = torch.compiler.disable(self.forward)
+            labelled = {"labels_b": labels_b, "lam": lam, "distill": distill}
+            scheduled = {"temperature": temperature, "alpha": alpha, "commit": commit}
+            return not_compiled(logits, labels, ids, overlap=overlap, **labelled, **scheduled)
         batch = self._as_rows(logits, labels, ids, distill, labels_b, lam)
         need_grad = logits.requires_grad and torch.is_grad_enabled()
         training = self.training and need_grad
@@ -478,11 +531,6 @@ class DLBLoss(nn.Module):
     ) -> float | Tensor:
         """temperature or alpha of this step; of one value a row, those of the taught rows."""
         if callable(value):
-            if torch.compiler.is_compiling():
-                raise RuntimeError(
-                    f"{name} is a callable, which torch.compile would call once and never again: "
-                    "use a 0-dim tensor and fill_ it before each step"
-                )
             value = value(self._calls[0] // self.lag)
         if not isinstance(value, Tensor) or value.dim() != 1:
             return value
@@ -503,7 +551,9 @@ class DLBLoss(nn.Module):
         if self.capturable:
             return self._static_lesson(batch, overlap)
         refuse_capture(logits)
-        cache = self._teacher(batch, B)
+        if B == 0 and self.normalizer == "global":
+            overlap = 0  # a rank that has run out of samples still counts with the others
+        cache = self._teacher(batch, B, overlap)
         if self.keep == "view" and torch.compiler.is_compiling():
             raise RuntimeError("keep='view' cannot be used under torch.compile: use keep='copy'")
         m = overlap if overlap is not None else (0 if cache is None else cache.labels.shape[0])
@@ -511,7 +561,8 @@ class DLBLoss(nn.Module):
             raise ValueError(
                 f"the batch is smaller than its overlap: it has {B} rows, but {m} rows of the last "
                 "batch are cached and must come first; use OverlapBatchSampler, pass overlap=, or "
-                "call reset() when a new chain begins"
+                "call reset() when a new chain begins; if this is a batch of validation, call "
+                "eval() on the loss, or compute it under no_grad()"
             )
         # A batch without fresh rows of its own begins a chain, or repeats the last one whole.
         fresh = B if overlap is None and m == B else B - m
@@ -551,7 +602,7 @@ class DLBLoss(nn.Module):
         )
         return Lesson(cache.logits, m * T, teacher_rows, None, cache.valid, fresh, None, skipped)
 
-    def _teacher(self, batch: Batch, B: int) -> Cache | None:
+    def _teacher(self, batch: Batch, B: int, overlap: int | None) -> Cache | None:
         """The cache of `lag` calls ago, if it can teach this batch; else it is dropped with a
         warning."""
         if self._written_by is not None:
@@ -559,8 +610,8 @@ class DLBLoss(nn.Module):
             if (rank, world) != rank_and_world():
                 self._drop(f"it was written by rank {rank} of {world}")
             self._written_by = None
-            due = self._caches[:1] if len(self._caches) == self.lag else self._caches
-            if any(c is not None and c.labels.shape[0] > B for c in due):
+            due = self._caches[0] if len(self._caches) == self.lag else None
+            if due is not None and overlap is None and due.labels.shape[0] > B:
                 self._drop(f"it has more rows than the {B} of this batch")
         cache = self._caches[0] if len(self._caches) == self.lag else None
         if cache is None:
@@ -602,7 +653,7 @@ class DLBLoss(nn.Module):
     def _new_pair(self, batch: Batch, rows: int) -> CachePair:
         """Two empty slots; slot 0 holds the cache of a loaded state, if there is one that fits."""
         logits = batch.logits
-        cache = self._teacher(batch, len(logits))
+        cache = self._teacher(batch, len(logits), None)
         rows = rows if cache is None else len(cache.labels)
         new = logits.new_zeros
         pair = CachePair(
@@ -675,7 +726,10 @@ class DLBLoss(nn.Module):
         return ChainStats(*(self._stats.tolist() if self._stats is not None else (0, 0, 0)))
 
     def reset(self) -> None:
-        """Forgets the last logits and the counts: the next batch begins a new chain."""
+        """Forgets the last logits and the counts: the next batch begins a new chain.
+
+        It must be one without overlap, so reset the sampler too. (For the counts of an epoch, take
+        the difference of two `stats()`.)"""
         self._caches.clear()
         self._pending.clear()
         self._written_by = None

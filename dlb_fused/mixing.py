@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
 
     def clean(self) -> Tensor:
         """(n,) bool"""
-        return self.partner == torch.arange(len(self.partner))
+        return self.partner == torch.arange(len(self.partner), device="cpu")
 
 
 class OverlapMix:
@@ -111,11 +111,12 @@ class OverlapMix:
             raise ValueError(f"labels must be on {images.device} with images, got {labels.device}")
 
     def _draw(self, n: int) -> Recipe:
-        rows, itself, g = n if self.per_row else 1, torch.arange(n), self.generator
-        mixed = torch.rand(rows, generator=g) < self.prob
-        partner = torch.where(mixed, torch.randperm(n, generator=g), itself)
-        lam = torch.where(partner == itself, 1.0, beta(self.alpha, rows, g))
-        center = torch.rand(rows, 2, generator=g, dtype=torch.float64).expand(n, 2)
+        rows, itself = n if self.per_row else 1, torch.arange(n, device="cpu")
+        g: Any = {"generator": self.generator, "device": "cpu"}  # whatever the default device is
+        mixed = torch.rand(rows, **g) < self.prob
+        partner = torch.where(mixed, torch.randperm(n, **g), itself)
+        lam = torch.where(partner == itself, 1.0, beta(self.alpha, rows, self.generator))
+        center = torch.rand(rows, 2, dtype=torch.float64, **g).expand(n, 2)
         return Recipe(partner, lam, center)
 
     def _mix(self, images: Tensor, partner: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -125,7 +126,7 @@ class OverlapMix:
     def _distill(self, recipe: Recipe, last: Recipe | None) -> Tensor:
         """(B,) bool"""
         if self.mode == "same":
-            return torch.ones(len(recipe.partner), dtype=torch.bool)
+            return torch.ones(len(recipe.partner), dtype=torch.bool, device="cpu")
         distill = recipe.clean()
         if last is not None:
             distill[: len(last.partner)] &= last.clean()
@@ -296,7 +297,9 @@ def overlap_rows(B: int, remembered: int, overlap: int | None) -> int:
 
 def beta(alpha: float, n: int, generator: torch.Generator) -> Tensor:
     """(n,) float64 from Beta(alpha, alpha); torch.distributions knows the global generator only."""
-    a, b = torch._standard_gamma(torch.full((2, n), alpha, dtype=torch.float64), generator)
+    a, b = torch._standard_gamma(
+        torch.full((2, n), alpha, dtype=torch.float64, device="cpu"), generator
+    )
     return a / (a + b)
 
 
@@ -307,7 +310,7 @@ def send(value: Tensor, images: Tensor) -> Tensor:
 
 
 def own_generator() -> torch.Generator:
-    return torch.Generator().manual_seed(int(torch.randint(2**63 - 1, ())))
+    return torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), device="cpu")))
 
 
 def check_generator(generator: torch.Generator) -> torch.Generator:

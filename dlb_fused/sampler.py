@@ -206,7 +206,7 @@ class OverlapBatchSampler(BatchSampler):
             "format": FORMAT,
             "config": self._config(),
             "consumed": at or 0,
-            "chunks": [torch.tensor(chunk, dtype=torch.int64) for chunk in chunks],
+            "chunks": [torch.tensor(chunk, dtype=torch.int64, device="cpu") for chunk in chunks],
             "rest": rest,
             "generator": None if generator is None else generator.get_state(),
         }
@@ -319,7 +319,8 @@ class _Epoch:
         rest = array("q")
         for chunk in (*self.chunks[used:], unread):
             rest.extend(chunk)
-        return [*self.before, *self.chunks[:used]][-lag:], torch.tensor(rest, dtype=torch.int64)
+        after = torch.tensor(rest, dtype=torch.int64, device="cpu")
+        return [*self.before, *self.chunks[:used]][-lag:], after
 
 
 def _indices(source: Iterable[Any]) -> array[int]:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from test_criterion import chain
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler, TensorDataset
 
-from dlb_fused import DLBLoss
+from dlb_fused import DLBLoss, OverlapBatchSampler, OverlapMixup
 from dlb_fused.reference import dlb_loss_naive
 
 
@@ -176,12 +177,10 @@ def test_copies_own_a_view_that_is_pending(
     assert torch.equal(other(z2, y2), plain(z2, y2)) and other.parts.kl_count > 0
 
 
-@pytest.mark.parametrize("other", ["C", "m", "rank", "world"])
+@pytest.mark.parametrize("other", ["C", "rank", "world"])
 def test_a_state_of_another_run_is_dropped_and_the_chain_begins_anew(other: str) -> None:
     """With a warning; the step is cross-entropy, and the next one distils again."""
     state = state_after(chain(4, 2, C=6 if other == "C" else 5))
-    if other == "m":  # as a batch of half the size meets it
-        state = state_after(chain(12, 2))
     if other in ("rank", "world"):
         state |= {"rank": 1, "world": 2} if other == "rank" else {"world": 4}
     criterion = DLBLoss()
@@ -190,10 +189,80 @@ def test_a_state_of_another_run_is_dropped_and_the_chain_begins_anew(other: str)
     with pytest.warns(RuntimeWarning, match="DLBLoss drops its cache: it "):
         z, y, ids = batches[2]
         torch.testing.assert_close(criterion(z, y, ids, overlap=4), F.cross_entropy(z, y))
-    assert criterion.stats() == (0, 0, 12 if other == "m" else 4)  # the dropped rows
+    assert criterion.stats() == (0, 0, 4)  # the dropped rows
     loss = criterion(*batches[3])
     want = dlb_loss_naive(batches[3][0], batches[3][1], batches[2][0].detach()[4:])
     torch.testing.assert_close(loss, want)
+
+
+def test_a_state_of_larger_batches_is_dropped() -> None:
+    criterion = DLBLoss()
+    criterion.set_extra_state(state_after(chain(12, 2)))
+    z, y, _ = chain(4, 3)[2]
+    with pytest.warns(RuntimeWarning, match="it has more rows than the 8 of this batch"):
+        torch.testing.assert_close(criterion(z, y), F.cross_entropy(z, y))
+    assert criterion.stats() == (0, 0, 12)
+
+
+@pytest.mark.parametrize(
+    ("lag", "fresh", "overlaps"),
+    [(2, (4, 2, 4, 4), (None,) * 4), (1, (4, 1, 3), (None, 2, None))],
+    ids=["filling", "fewer than cached"],
+)
+def test_resume_of_unequal_batches_is_exact(
+    lag: int, fresh: tuple[int, ...], overlaps: tuple[int | None, ...]
+) -> None:
+    """A batch may be smaller than a cache that is not yet due, or of which it takes a part."""
+    g = torch.Generator().manual_seed(0)
+    batches: list[tuple[Tensor, Tensor, int | None]] = []
+    kept: list[Tensor] = []
+    for n, overlap in zip(fresh, overlaps, strict=True):
+        last = kept[-lag] if len(kept) >= lag else torch.empty(0, dtype=torch.int64)
+        kept.append(torch.randint(0, 5, (n,), generator=g))
+        labels = torch.cat([last[:overlap], kept[-1]])
+        batches.append((torch.randn(len(labels), 5, generator=g).requires_grad_(), labels, overlap))
+
+    def losses(resumed_after: int) -> list[Tensor]:
+        criterion, found = DLBLoss(lag=lag), []
+        for k, (z, y, overlap) in enumerate(batches):
+            found.append(criterion(z, y, overlap=overlap))
+            if k == resumed_after:
+                state = criterion.state_dict()
+                criterion = DLBLoss(lag=lag)
+                criterion.load_state_dict(state)
+        return found
+
+    want = losses(-1)
+    for k in range(len(fresh)):
+        assert torch.equal(torch.stack(losses(k)), torch.stack(want))
+
+
+def test_the_default_device_is_not_asked() -> None:
+    """Tensors on a CPU stay there where new ones would be on a GPU ("meta" stands for it)."""
+    z, y, _ = chain(4, 2)[1]
+    images = torch.randn(8, 3, 4, 4)
+    data = TensorDataset(images, y)
+    with torch.device("meta"):
+        criterion, mix = DLBLoss(), OverlapMixup(0.2)
+        criterion(z, y).backward()
+        mixed = mix(images, y)
+        mix.state_dict()
+        batches = OverlapBatchSampler(SequentialSampler(data), 4)
+        next(iter(batches))
+        state = batches.state_dict(consumed=1)
+        batches.load_state_dict(state)
+    assert z.grad is not None and z.grad.device.type == "cpu"
+    assert all(x.device.type == "cpu" for x in mixed if isinstance(x, Tensor))
+    assert state["rest"].device.type == "cpu"
+
+
+def test_an_empty_batch_under_global_counts_ends_the_chain() -> None:
+    (z1, y1, _), (z2, y2, _) = chain(4, 2)
+    criterion = DLBLoss(normalizer="global")
+    criterion(z1, y1)
+    none = torch.empty(0, 5, requires_grad=True)
+    assert criterion(none, y1[:0]) == 0
+    torch.testing.assert_close(criterion(z2, y2), F.cross_entropy(z2, y2))
 
 
 def test_a_state_of_another_dtype_teaches_on() -> None:

@@ -108,13 +108,33 @@ def test_what_a_callable_returns_is_checked(name: str) -> None:
             DLBLoss(**{name: lambda step, value=value: value})(z, y)  # type: ignore[arg-type]
 
 
-def test_a_callable_is_refused_where_it_would_be_frozen() -> None:
-    criterion = DLBLoss(temperature=lambda step: 1.0)
-    z, y, _ = chain(4, 1)[0]
+@pytest.mark.parametrize("what", ["function", "module", "in place"])
+def test_a_callable_is_not_frozen_by_compilation(what: str) -> None:
+    """The loss is left out of the graph, or, where that may not break, refused."""
     torch.compiler.reset()
-    step = torch.compile(lambda z, y: criterion(z, y), fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match="use a 0-dim tensor and fill_ it before each step"):
-        step(z, y)
+    steps: list[int] = []
+
+    def alpha(step: int) -> float:
+        steps.append(step)
+        return 0.25 * step
+
+    criterion, eager = DLBLoss(alpha=alpha), DLBLoss(alpha=lambda step: 0.25 * step)
+    step: Any = {
+        "function": lambda: torch.compile(lambda z, y: 1 * criterion(z, y), backend="aot_eager"),
+        "module": lambda: torch.compile(criterion, backend="aot_eager"),
+        "in place": lambda: criterion.compile(backend="aot_eager") or criterion,
+    }[what]()
+    for z, y, _ in chain(4, 12):
+        torch.testing.assert_close(step(z, y), eager(z, y), rtol=0, atol=0)
+    assert steps == list(range(12)) and criterion.get_extra_state()["calls"] == 12
+    assert criterion.parts.kl > 0
+
+    fullgraph = torch.compile(lambda z, y: criterion(z, y), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=re.escape("torch.compiler.disable(self.forward)")):
+        fullgraph(z, y)
+
+
+def test_a_callable_cannot_be_captured() -> None:
     with pytest.raises(ValueError, match=re.escape("a 0-dim tensor and fill_ it")):
         DLBLoss(alpha=lambda step: 1.0, capturable=True)
 
