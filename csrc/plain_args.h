@@ -7,6 +7,12 @@
 
 namespace dlb {
 
+inline bool is_int64(PyObject* number) {
+  int overflow = 0;
+  return PyLong_CheckExact(number) &&
+         (PyLong_AsLongLongAndOverflow(number, &overflow), overflow == 0);
+}
+
 inline bool float_between(PyObject* number, double low, double high) {
   return PyFloat_CheckExact(number) && PyFloat_AS_DOUBLE(number) >= low &&
          PyFloat_AS_DOUBLE(number) <= high;
@@ -21,7 +27,7 @@ inline PyObject* plain_args(PyObject* const* given) {
   PyObject* const* const tensors = given + 2;
   PyObject* const* const numbers = given + 5;
   const int64_t m = plain_overlap(tensors[0], tensors[1], tensors[2]);
-  if (m < 0 || !PyLong_CheckExact(numbers[0]) || !float_between(numbers[1], 0, 1) ||
+  if (m < 0 || !is_int64(numbers[0]) || !float_between(numbers[1], 0, 1) ||
       !float_between(numbers[2], DBL_TRUE_MIN, DBL_MAX) || !float_between(numbers[3], 0, DBL_MAX))
     Py_RETURN_NONE;
   const bool need_grad = given[1] == Py_True && requires_grad(tensors[0]);
@@ -47,7 +53,7 @@ inline PyObject* is_number(PyObject* const* given) {
   DLTensor t;
   bool same = false;
   if (PyFloat_CheckExact(given[1]) && plain_tensor(given[0], t) && t.device_type == kCpu &&
-      t.ndim == 0) {
+      t.ndim == 0 && t.data) {
     const char* value = static_cast<const char*>(t.data) + t.byte_offset;
     const double number = PyFloat_AS_DOUBLE(given[1]);
     same = (t.dtype == kFloat32 && *reinterpret_cast<const float*>(value) == number) ||

@@ -119,7 +119,14 @@ struct TensorView {
       data = static_cast<char*>(t.data) + t.byte_offset;
       dtype = t.dtype;
       set_dims(t.ndim);
-      for (int i = 0; i < dims; ++i) shape[i] = t.shape[i], strides[i] = t.strides[i];
+      bool empty = false;
+      for (int i = 0; i < dims; ++i) {
+        shape[i] = t.shape[i];
+        strides[i] = t.strides[i];
+        empty |= shape[i] == 0;
+      }
+      // Of torch's lazy zeros, for one.
+      if (!t.data && !empty) throw py::value_error("dlb_loss: a tensor without memory");
     } else {
       read_by_methods(tensor);
     }

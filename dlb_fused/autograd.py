@@ -92,6 +92,7 @@ def _backward(ctx: Any, dloss: Tensor) -> Tensor:
     grad_scale = ctx.rest[_GRAD_SCALE]
     if stored is not None and is_number(dloss, grad_scale):
         return stored
+    dloss = dloss.resolve_neg()  # kernels read its memory
     args = LossArgs(
         logits.detach(), labels, ctx.inference_teacher if teacher is None else teacher, *ctx.rest
     )

@@ -159,9 +159,9 @@ def _first_that_can(logits: Tensor) -> ModuleType:
         if reason is None:
             break
         reasons.append(f"{name}: {reason}")
-    if name == "eager" and logits.is_cuda:
+    if name == "eager" and logits.device.type in ("cpu", "cuda"):
         warnings.warn(
-            "dlb_fused computes the loss with plain PyTorch operations on this GPU ("
+            f"dlb_fused computes the loss with plain PyTorch operations on {logits.device.type} ("
             + "; ".join(reasons)
             + ")",
             RuntimeWarning,

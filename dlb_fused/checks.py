@@ -6,13 +6,13 @@ For a few rows the checks would cost more than the loss. So `plain_args` looks f
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlb_fused import native
 from dlb_fused.backends import LossArgs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,14 +25,38 @@ def plain_args(*call: Any) -> LossArgs | None:
     """What a backend gets for (logits, labels, last_logits, ignore_index, label_smoothing,
     temperature, alpha), if all checks would pass and convert nothing; else, or where that is not
     known, None."""
-    if torch.compiler.is_compiling() or native._kernel is None:
+    if torch.compiler.is_compiling():
         return None
-    return native._kernel.plain_args(_DEFAULTS, torch.is_grad_enabled(), *call)
+    args: LossArgs | None = (_compiled or _find_compiled()).plain_args(
+        _DEFAULTS, torch.is_grad_enabled(), *call
+    )
+    return args
 
 
 def is_number(tensor: Tensor, number: float | Tensor) -> bool:
     """Whether a 0-dim tensor is that float; False where the host does not know."""
-    return native._kernel is not None and native._kernel.is_number(tensor, number)
+    known: bool = (_compiled or _find_compiled()).is_number(tensor, number)
+    return known
+
+
+class _NotCompiled:
+    """In place of the compiled module: nothing is known. (native.py says why.)"""
+
+    plain_args = staticmethod(lambda *_: None)
+    is_number = staticmethod(lambda *_: False)
+
+
+_compiled: Any = None
+
+
+def _find_compiled() -> Any:
+    """At the first call, so that `import dlb_fused` loads nothing native."""
+    global _compiled
+    try:
+        _compiled = importlib.import_module("dlb_fused._cpu")
+    except ImportError:
+        _compiled = _NotCompiled
+    return _compiled
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> None:
@@ -47,7 +71,8 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
             f"logits must be float32, bfloat16, float16 or float64, got {dtype_name(logits)}"
         )
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64 class indices, got {dtype_name(labels)}")
+        hint = "" if labels.is_floating_point() else "; call labels.long()"
+        raise TypeError(f"labels must be int64 class indices, got {dtype_name(labels)}{hint}")
     if labels.shape != shape[:1]:
         raise ValueError(
             f"labels must have shape ({len(logits)},), one for each row of logits, "
@@ -127,6 +152,7 @@ def check_options(
         weight is normalizer is grad_scale is None
         and type(temperature) is type(alpha) is type(label_smoothing) is float
         and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
         and 0 < temperature < math.inf
         and 0 <= alpha < math.inf
         and 0 <= label_smoothing <= 1
@@ -156,12 +182,16 @@ def check_weight(weight: Tensor, logits: Tensor) -> Tensor:
             f"got {tuple(weight.shape)}"
         )
     check_constant("weight", weight, logits)
-    return weight.to(real_dtype(logits)).contiguous()
+    if not torch.compiler.is_compiling():
+        check_values("weight", weight)
+    return as_real(weight, logits)
 
 
 def check_ignore_index(ignore_index: int) -> int:
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into int64, got {ignore_index}")
     return ignore_index
 
 
@@ -178,14 +208,16 @@ def check_setting(name: str, value: float | Tensor, logits: Tensor, m: int) -> f
     if not isinstance(value, Tensor):
         return check_number(name, value)
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != m):
+        hint = "; did you mean weight=?" if value.shape == logits.shape[1:] else ""
         raise ValueError(
             f"{name} must be a float, a 0-dim tensor, or a tensor of shape ({m},), one for "
-            f"each overlap row; got shape {tuple(value.shape)}"
+            f"each overlap row; got shape {tuple(value.shape)}{hint}"
         )
     check_constant(name, value, logits)
+    value = as_real(value, logits)
     if not torch.compiler.is_compiling():
         check_values(name, value)
-    return value.to(real_dtype(logits)).contiguous()
+    return value
 
 
 def check_labels_b(
@@ -226,7 +258,7 @@ def check_lam(lam: float | Tensor, logits: Tensor) -> float | Tensor:
     check_constant("lam", lam, logits)
     if not torch.compiler.is_compiling():
         check_values("lam", lam)
-    return lam.to(real_dtype(logits)).contiguous()
+    return as_real(lam, logits)
 
 
 def check_flag(name: str, value: bool) -> None:
@@ -242,11 +274,16 @@ def check_number(name: str, value: float) -> float:
     return float(value)
 
 
-RANGES = {"temperature": "finite and > 0", "alpha": "finite and >= 0", "lam": "in [0, 1]"}
+RANGES = {
+    "temperature": "finite and > 0",
+    "alpha": "finite and >= 0",
+    "lam": "in [0, 1]",
+    "weight": "finite and >= 0",
+}
 
 
 def check_values(name: str, value: float | Tensor) -> None:
-    """Of a temperature, alpha or lam tensor, where to look costs no sync."""
+    """Of a tensor that RANGES names, where to look costs no sync."""
     if isinstance(value, Tensor) and value.device.type == "cpu":
         good = value.isfinite() & (value > 0 if name == "temperature" else value >= 0)
         if name == "lam":
@@ -262,7 +299,7 @@ def check_grad_scale(grad_scale: float | Tensor, logits: Tensor) -> float | Tens
                 f"grad_scale must be a float or a 0-dim tensor, got shape {tuple(grad_scale.shape)}"
             )
         check_constant("grad_scale", grad_scale, logits)
-        return grad_scale.to(real_dtype(logits))
+        return as_real(grad_scale, logits)
     if not isinstance(grad_scale, (int, float)):
         raise TypeError(f"grad_scale must be a float or a tensor, got {type(grad_scale).__name__}")
     if not -math.inf < grad_scale < math.inf:
@@ -290,7 +327,7 @@ def check_normalizer(
         if count.requires_grad:
             raise ValueError(f"{name} of normalizer requires grad: pass it detached")
         check_device(f"{name} of normalizer", count, logits)
-        counts.append(count.to(real_dtype(logits)))
+        counts.append(as_real(count, logits))
     return tuple(counts)
 
 
@@ -341,6 +378,13 @@ def check_device(name: str, value: Tensor, logits: Tensor) -> None:
 
 def real_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def as_real(value: Tensor, logits: Tensor) -> Tensor:
+    """In the type that kernels compute in, contiguous, and what its bytes say (the imaginary part
+    of a conjugate is not)."""
+    value = value.to(real_dtype(logits)).contiguous()
+    return value if torch.compiler.is_compiling() else value.resolve_neg()
 
 
 def dtype_name(value: Tensor) -> str:

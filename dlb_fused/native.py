@@ -7,6 +7,7 @@ csrc/python_args.h fills; `LossArgs` and `LossOutputs` keep the memory alive dur
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -26,7 +27,7 @@ except ImportError as error:  # not built, or built for another Python or C++ li
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # loss and parts: empty_like is the cheapest way to a new tensor.
 _LIKE = {
-    dtype: LossOutputs(torch.empty((), dtype=real), torch.empty(4, dtype=real), *[None] * 4)
+    dtype: LossOutputs(*(torch.empty(n, dtype=real, device="cpu") for n in ((), 4)), *[None] * 4)
     for dtype in DTYPES
     for real in [torch.float64 if dtype == torch.float64 else torch.float32]
 }
@@ -35,15 +36,22 @@ _NOT_CACHED = (None, None, None)
 
 def why_not(logits: Tensor) -> str | None:
     if _kernel is None:
-        return (
-            f"the compiled module dlb_fused._cpu is missing ({_missing}); install a C++ compiler "
-            "and then dlb_fused again"
-        )
+        return f"the compiled module dlb_fused._cpu is missing ({_missing}); {_what_to_do()}"
     if logits.device.type != "cpu":
         return f"it takes CPU tensors, and logits are on {logits.device}"
     if logits.dtype not in DTYPES:
         return f"it has no kernel for {logits.dtype}"
     return None
+
+
+def _what_to_do() -> str:
+    source = Path(__file__).parents[1]
+    if (source / "setup.py").exists():
+        return (
+            f"{source} holds the source, which hides the installed package: start Python in "
+            "another folder, or install it here by `pip install -e .`"
+        )
+    return "install a C++ compiler and then dlb_fused again"
 
 
 def forward(args: LossArgs) -> LossOutputs:
@@ -60,8 +68,8 @@ def _cached(args: LossArgs) -> tuple[Tensor | None, Tensor, Tensor]:
     logits, fresh = args.logits, args.fresh
     return (
         logits.new_empty((fresh, logits.shape[1])) if args.copy_logits else None,
-        torch.empty(fresh, dtype=torch.int64),
-        torch.empty(fresh, dtype=torch.uint8),
+        torch.empty(fresh, dtype=torch.int64, device="cpu"),
+        torch.empty(fresh, dtype=torch.uint8, device="cpu"),
     )
 
 

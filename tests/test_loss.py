@@ -35,7 +35,7 @@ BAD = {
     "a list": (dict(logits=[[1.0]]), TypeError, "logits must be a tensor, got list"),
     "labels as a list": (dict(labels=[0, 1]), TypeError, "labels must be a tensor, got list"),
     "labels of float": (dict(labels=Y.float()), TypeError, "labels must be int64 class indices, got float32"),
-    "labels of int32": (dict(labels=Y.int()), TypeError, "labels must be int64 class indices, got int32"),
+    "labels of int32": (dict(labels=Y.int()), TypeError, "labels must be int64 class indices, got int32; call labels.long()"),
     "too few labels": (dict(labels=Y[:3]), ValueError, "labels must have shape (4,), one for each row of logits, got (3,)"),
     "labels on another device": (dict(labels=Y.to("meta")), ValueError, "labels must be on cpu like logits, got meta"),
     "label too large": (dict(labels=Y + 1), IndexError, "labels[2] is 3, but logits have 3 classes (valid: 0 to 2, or ignore_index=-100)"),
@@ -53,7 +53,7 @@ BAD = {
     "temperature nan": (dict(temperature=float("nan")), ValueError, "temperature must be finite and > 0, got nan"),
     "temperature text": (dict(temperature="3"), TypeError, "temperature must be a float or a tensor, got str"),
     "temperature tensor of 0": (dict(temperature=torch.tensor([1.0, 0.0])), ValueError, "temperature must be finite and > 0, got 0.0"),
-    "temperature of 3 rows": (dict(temperature=torch.ones(3)), ValueError, "tensor of shape (2,), one for each overlap row; got shape (3,)"),
+    "temperature of 3 rows": (dict(temperature=torch.ones(3)), ValueError, "tensor of shape (2,), one for each overlap row; got shape (3,); did you mean weight=?"),
     "temperature learnable": (dict(temperature=torch.tensor(3.0, requires_grad=True)), ValueError, "temperature requires grad, but it cannot be learned"),
     "temperature of int": (dict(temperature=torch.tensor(3)), TypeError, "temperature must be floating point, got int64"),
     "alpha negative": (dict(alpha=-0.5), ValueError, "alpha must be finite and >= 0, got -0.5"),
@@ -62,6 +62,11 @@ BAD = {
     "weight too long": (dict(weight=torch.ones(4)), ValueError, "weight must have shape (3,), one for each class, got (4,)"),
     "weight learnable": (dict(weight=torch.ones(3, requires_grad=True)), ValueError, "weight requires grad, but it cannot be learned"),
     "weight of int": (dict(weight=torch.ones(3).long()), TypeError, "weight must be floating point, got int64"),
+    "weight below 0": (dict(weight=torch.tensor([1.0, -3.0, 1.0])), ValueError, "weight must be finite and >= 0, got -3.0"),
+    "weight of inf": (dict(weight=torch.full((3,), torch.inf)), ValueError, "weight must be finite and >= 0, got inf"),
+    "ignore_index of 71 bits": (dict(ignore_index=2**70), ValueError, "ignore_index must fit into int64, got 1180591620717411303424"),
+    "temperature too small for its type": (dict(temperature=torch.tensor(1e-300, dtype=torch.float64)), ValueError, "temperature must be finite and > 0, got 0.0"),
+    "zeros without memory": (dict(logits=torch._efficientzerotensor((4, 3))), ValueError, "a tensor without memory"),
     "weight as a list": (dict(weight=[1.0]), TypeError, "weight must be a tensor, got list"),
     "smoothing above 1": (dict(label_smoothing=1.5), ValueError, "label_smoothing must be in [0, 1], got 1.5"),
     "smoothing text": (dict(label_smoothing="a"), TypeError, "label_smoothing must be a float, got str"),
@@ -210,8 +215,6 @@ def test_functional_transforms_are_refused_in_words() -> None:
 
 def test_a_count_that_is_nan_shows(backend_device: tuple[str, str]) -> None:
     backend, device = backend_device
-    x = Case("", options={"weight": torch.full((10,), torch.nan)}).make(device)
-    assert dlb_loss(x.logits, x.labels, None, backend=backend, **x.options).isnan()  # type: ignore[union-attr]
     x = Case("", C=5).make(device)
     counts = (torch.tensor(8.0, device=device), torch.tensor(torch.nan, device=device))
     loss = dlb_loss(x.logits, x.labels, x.last_logits, normalizer=counts, backend=backend)
@@ -440,6 +443,35 @@ def test_a_negative_view_is_resolved(backend_device: tuple[str, str]) -> None:
     labels = torch.zeros(6, dtype=torch.int64, device=device)
     got = dlb_loss(torch._neg_view(logits), labels, torch._neg_view(last_logits), backend=backend)
     torch.testing.assert_close(got, dlb_loss(-logits, labels, -last_logits, backend=backend))
+
+
+@pytest.mark.parametrize(
+    "name", ["temperature", "alpha", "weight", "lam", "grad_scale", "normalizer"]
+)
+def test_a_negative_view_among_the_options(name: str, backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", C=5).make(device)
+    # 0.5, kept as -0.5 and a note of its sign
+    half = torch.complex(torch.zeros(5), torch.full((5,), -0.5)).to(device).conj().imag
+    assert half.is_neg()
+    value = {"weight": half, "normalizer": (half[0] * 4, half[0])}.get(name, half[0])
+    plain = {"weight": half.clone(), "normalizer": (2.0, 0.5)}.get(name, 0.5)
+    more = {"labels_b": x.labels.flip(0)} if name == "lam" else {}
+
+    def gradient(value: Any) -> torch.Tensor:
+        loss = dlb_loss(x.logits, x.labels, x.last_logits, backend=backend, **{name: value}, **more)
+        return torch.autograd.grad(loss, x.logits, torch.full_like(loss, 0.5))[0]
+
+    torch.testing.assert_close(gradient(value), gradient(plain))
+
+
+def test_a_negative_view_from_above(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    x = Case("", C=5).make(device)
+    for flip in (lambda loss: loss, lambda loss: torch.complex(loss * 0, loss).conj().imag):
+        x.logits.grad, before = None, x.logits.grad
+        flip(dlb_loss(x.logits, x.labels, x.last_logits, backend=backend)).backward()
+    torch.testing.assert_close(x.logits.grad, -before)  # type: ignore[operator]
 
 
 WITHOUT_EXCHANGE = """

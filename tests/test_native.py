@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlb_fused import native, reference
+from dlb_fused import backends, dlb_loss, native, reference
 from dlb_fused.backends import LossArgs
 
 MISSING = native.why_not(torch.zeros(1, 1))
@@ -372,8 +372,8 @@ for dtype in native.DTYPES:
         args = LossArgs(at_the_end(z), labels, at_the_end(u[:3]), 3, need_grad=True)
         want = native.forward(args._replace(logits=z, last_logits=u[:3].clone()))
         dlogits = at_the_end(torch.zeros_like(z))
-        native.backward(args, want.parts, torch.full_like(want.loss, 2), dlogits)
-        assert torch.allclose(dlogits, 2 * want.dlogits)
+        native.backward(args, want.parts, torch.full_like(want.loss, -1), dlogits)
+        assert torch.allclose(dlogits, -want.dlogits)
         assert torch.allclose(native.forward(args._replace(inplace=True)).dlogits, want.dlogits)
 print("read nothing past the end")
 """
@@ -458,7 +458,17 @@ def test_why_not_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_kernel", None)
     monkeypatch.setattr(native, "_missing", "No module named 'dlb_fused._cpu'")
     reason = native.why_not(torch.zeros(1, 1))
-    assert "No module named" in reason and "C++ compiler" in reason
+    assert "No module named" in reason and "holds the source" in reason
+    monkeypatch.setattr(native, "__file__", "/somewhere/dlb_fused/native.py")
+    assert "install a C++ compiler" in native.why_not(torch.zeros(1, 1))
+
+
+def test_the_fallback_of_auto_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_kernel", None)
+    monkeypatch.setattr(backends, "_chosen", {})
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    with pytest.warns(RuntimeWarning, match="plain PyTorch operations on cpu .*_cpu is missing"):
+        dlb_loss(logits, labels)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU OpenMP on Linux")
