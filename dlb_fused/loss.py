@@ -136,7 +136,8 @@ def dlb_loss(
             logits; (m, T, C) for logits (B, T, C), token by token. Not differentiated. None or
             m = 0: plain cross-entropy. Its dtype may differ from that of logits, but float64 goes
             with float64.
-        weight: (C,) class weights of the cross-entropy, as in torch; the KL is not weighted.
+        weight: (C,) class weights of the cross-entropy, as in torch, finite and ≥ 0; the KL is not
+            weighted.
         ignore_index: rows with this label have no loss, no KL and a gradient of 0.
         label_smoothing: in [0, 1], of the cross-entropy, as in torch.
         temperature: τ > 0: a float, a 0-dim tensor, or a tensor (m,) with one value a row (or
@@ -147,7 +148,7 @@ def dlb_loss(
             gradient accumulation.
         grad_scale: the upstream gradient to expect, e.g. `GradScaler`'s scale or 1/accumulation
             steps. The gradient is stored with it, in fp32 before the last cast, and is right for
-            any other upstream gradient too, by computing it again.
+            any other upstream gradient too, by computing it again (with `inplace`, by a factor).
         inplace: write the gradient over logits. They must not be a leaf; one backward only.
         backend: "auto", or a name from `dlb_fused.BACKENDS`; a name runs or raises.
         return_parts: return `DLBParts` in place of the loss.

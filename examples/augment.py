@@ -4,7 +4,7 @@
     loader = DataLoader(Views(data.train, augment), batch_sampler=batches, collate_fn=as_it_is)
 
 Each call draws a new view of each image from torch's global generator, which a DataLoader seeds
-anew in each worker. DLB needs that: from equal views there is next to nothing to learn.
+anew in each worker. DLB wants that: between equal views the KL is small.
 """
 
 from __future__ import annotations

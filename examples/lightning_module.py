@@ -33,9 +33,8 @@ class Classifier(LightningModule):
 
     def validation_step(self, batch: list[Tensor], step: int) -> None:
         images, labels = batch
-        self.log(
-            "accuracy", (self.model(images).argmax(1) == labels).float().mean(), sync_dist=True
-        )
+        accuracy = (self.model(images).argmax(1) == labels).float().mean()
+        self.log("accuracy", accuracy, prog_bar=True, sync_dist=True)
 
     def on_train_epoch_end(self) -> None:
         (_, ce, kl, *_), matched = self.criterion.parts, self.criterion.stats().matched

@@ -57,4 +57,4 @@ def train(checkpoint, epochs=20, every=10, workers=2):
 
 
 if __name__ == "__main__":
-    train(*sys.argv[1:2], *map(int, sys.argv[2:]))
+    train(*sys.argv[1:2] or sys.exit(__doc__), *map(int, sys.argv[2:]))

@@ -14,7 +14,7 @@ script makes two forwards, so that BatchNorm sees the halves apart; here there i
 
 Into the folder `--out` go `log.csv` (accuracies and both parts of the loss), `row.json` (what came
 of it, with the command) and, after each epoch, `last.pt`, from which `--resume` goes on: on a CPU,
-without loader workers, to the same bits.
+without loader workers and `--compile`, to the same bits.
 
 It needs dlb_fused, rich and, by the data, scikit-learn or Pillow: `pip install '.[study]'` in the
 repository.
@@ -102,7 +102,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--smoothing", type=float, default=0.1, help="of label-smoothing")
     add("--augment", choices=(*AUGMENTS, *MIXES), default="standard")
     add("--mix-alpha", type=float, default=1.0, help="of mixup's and cutmix's Beta(a, a)")
-    add("--epochs", type=float, default=10.0, help="passes of rows; see above")
+    add(
+        "--epochs",
+        type=float,
+        default=10.0,
+        help="passes over the rows by plain cross-entropy",
+    )
     add("--steps", type=int, help="optimizer steps, in place of --epochs")
     add("--batch-size", type=int, default=128, help="rows of a step, in each process")
     add("--lr", type=float, default=0.05)

@@ -65,7 +65,7 @@ CLASSES, CALLS = (1000, 21841), 20  # more classes than the digits' 10: timed on
 class Digits(Dataset):
     """Images (n, 1, 8, 8) float32 with labels (n,) int64; a training image is shifted at random,
     anew at each appearance. (Without a new view the two appearances of a sample would differ by
-    one optimizer step only, and DLB would have next to nothing to match.)"""
+    one optimizer step only, and the KL would be small.)"""
 
     def __init__(self, images: Tensor, labels: Tensor, shift: int = 0) -> None:
         self.images, self.labels, self.shift = images, labels, shift
