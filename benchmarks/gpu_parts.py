@@ -497,10 +497,12 @@ def step(context: Context, part: Part, seconds: float) -> dict[str, Any]:
                "--modes", modes, "--out", str(context.out), *few]  # fmt: skip
     (process,) = run_together([Process(command)], seconds)
     written = re.search(r"^written: .*?([^/\s]+\.json)", process.text, re.M)
-    if process.child.returncode or written is None:
-        wrong = re.findall(r"^(?:WRONG|failed): .*", process.text, re.M)
-        raise Fail("; ".join(wrong[:3]) or process.how_it_ended())
+    if written is None:
+        raise Fail(process.how_it_ended())
+    wrong = re.findall(r"^(?:WRONG|failed): .*", process.text, re.M)
     results = json.loads((context.out / written[1]).read_text())["results"]
+    if wrong or not results:
+        raise Fail("; ".join(wrong[:3]) or process.how_it_ended(), {"file": written[1]})
     ours = [r for r in results if r["loss"] == "DLBLoss"]
     shares = ", ".join(f"{r['case']} {r['mode']} {r['share']:.1%}" for r in ours)
     data = {"file": written[1], "results": len(results), "modes": modes}
@@ -569,7 +571,7 @@ def all_parts() -> list[Part]:
         *(Part("sanitizer", ("sanitizer",), name, 120, sanitizer) for name in kernels),
         *(Part("traffic", ("traffic",), name, 60, traffic) for name in kernels),
         *(Part("builds", ("other builds",), n, 120, other_builds) for n in kernels if n == "cuda"),
-        Part("step", ("step",), "", 90, step),
+        Part("step", ("step",), "", 150, step),
         Part("compiled", ("compiled",), "", 60, compiled),
         Part("bench", ("bench",), "", 9999, bench),
     ]

@@ -135,12 +135,16 @@ _SETTINGS = (
     "float lam, Tensor? lams, bool distill_ignored, str backend"
 )
 
+# A CUDA graph of the compiler's would take the cache and the workspace for its own memory, and free
+# them: it runs this operator between its graphs. (The tag is not in older versions of torch.)
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 library = torch.library.Library("dlb_fused", "DEF")
 library.define(
     f"loss({_SETTINGS}) -> (Tensor loss, Tensor parts, Tensor next_logits, Tensor next_labels, "
-    "Tensor next_valid, Tensor stats)"
+    "Tensor next_valid, Tensor stats)",
+    tags=_TAGS,
 )
-library.define(f"loss_gradient(Tensor dloss, Tensor parts, {_SETTINGS}) -> Tensor")
+library.define(f"loss_gradient(Tensor dloss, Tensor parts, {_SETTINGS}) -> Tensor", tags=_TAGS)
 
 
 def _compute_compiled(args: LossArgs, backend: str) -> tuple[Tensor, LossOutputs]:

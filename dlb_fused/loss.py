@@ -785,7 +785,8 @@ class DLBLoss(nn.Module):
 
 
 def refuse_export() -> None:
-    if torch.compiler.is_exporting():
+    # Not is_exporting(): Dynamo before torch 2.13 takes that for True in every compilation.
+    if torch.compiler._is_exporting_flag:
         raise RuntimeError(
             "a DLBLoss in training mode cannot be exported: the graph would hold the first step's "
             "cache for ever; export dlb_loss, or call eval() first"

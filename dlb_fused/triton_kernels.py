@@ -523,7 +523,7 @@ def _tile_rows(
         St = tl.sum(s, 1)
         dot = tl.sum(q * _gap(u, x), 1)
         kl, distil = _distil_terms(dot, St, T, tau, a, taught, real)
-        if GRAD:
+        if GRAD and C > 1:  # of one class both are the same, but for the rounding of the division
             g += s * (share / St)[:, None]
             g -= q * (share / T)[:, None]
     if GRAD:

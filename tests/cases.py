@@ -228,8 +228,9 @@ def truth(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     o = dict(x.options)
     m, ignore = len(p), o.get("ignore_index", -100)
     weight = o["weight"].double() if o.get("weight") is not None else None
-    tau = torch.as_tensor(o.get("temperature", 3.0), dtype=torch.float64).expand(m)
-    alpha = torch.as_tensor(o.get("alpha", 1.0), dtype=torch.float64).expand(m)
+    real: Any = {"dtype": torch.float64, "device": z.device}
+    tau = torch.as_tensor(o.get("temperature", 3.0), **real).expand(m)
+    alpha = torch.as_tensor(o.get("alpha", 1.0), **real).expand(m)
     valid = y != ignore
     smoothing = o.get("label_smoothing", 0.0)
     if o.get("labels_b") is None:
@@ -249,14 +250,14 @@ def truth(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     taught = valid[:m] | o.get("distill_ignored", False)
     kl_count = taught.double().sum()
     if o.get("normalizer") is not None:
-        ce_count, kl_count = (torch.as_tensor(n, dtype=torch.float64) for n in o["normalizer"])
+        ce_count, kl_count = (torch.as_tensor(n, **real) for n in o["normalizer"])
     log_s, log_q = (F.log_softmax(v / tau[:, None], 1) for v in (z[:m], p))
     finite = p != -torch.inf
     kl = torch.where(finite, log_q.exp() * (log_q - log_s).where(finite, 0), 0).sum(1) * taught
     ce, kl_mean = ce_sum / ce_count, kl.sum() / kl_count
     ce = ce if ce_count > 0 else z.nan_to_num(0, 0, 0).sum() * 0
     if kl_count == 0:
-        return ce, ce, torch.zeros((), dtype=torch.float64)
+        return ce, ce, torch.zeros((), **real)
     return ce + (alpha * tau**2 * kl).sum() / kl_count, ce, kl_mean
 
 
@@ -265,7 +266,8 @@ def soft_targets(x: Inputs) -> Tensor:
     C = x.logits.shape[1]
     one_hot = torch.eye(C, dtype=torch.float64, device=x.logits.device)
     a, b = (one_hot[y.clamp(0, C - 1)] for y in (x.labels, x.options["labels_b"]))
-    lam = torch.as_tensor(x.options["lam"], dtype=torch.float64).expand(len(a))[:, None]
+    lam = torch.as_tensor(x.options["lam"], dtype=torch.float64, device=a.device)
+    lam = lam.expand(len(a))[:, None]
     return lam * a + (1 - lam) * b
 
 

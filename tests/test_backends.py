@@ -386,6 +386,9 @@ def test_lam_out_of_range(bad: float, backend_device: tuple[str, str]) -> None:
     backend, device = backend_device
     x = Case("", lam="rows").make(device)
     x.options["lam"][3] = bad
+    if device != "cpu":  # to look at it would be a host sync
+        assert call(x, backend).isnan()
+        return
     with pytest.raises(ValueError, match=r"lam must be in \[0, 1\], got (-0.1|1.5|nan)"):
         call(x, backend)
     x.options["labels_b"][3] = -100

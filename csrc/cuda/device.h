@@ -149,6 +149,16 @@ cudaError_t prepare_kernel(void (*kernel)(Args), int shared_bytes, bool large_cl
   return error;
 }
 
+// Whether the code that the device runs knows clusters: where a build has none for 9.0 or later,
+// the driver translates the PTX of an older architecture, which does not.
+template <class Args>
+cudaError_t knows_clusters(void (*kernel)(Args), bool* knows) {
+  cudaFuncAttributes code = {};
+  const auto error = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(kernel));
+  *knows = code.ptxVersion >= 90;
+  return error;
+}
+
 // How many such clusters the device can hold at once; 0: it cannot run them.
 template <class Args>
 cudaError_t max_clusters(void (*kernel)(Args), unsigned threads, size_t shared_bytes,

@@ -66,9 +66,11 @@ cudaError_t device_of(int index, Device& device) {
   }
   // The block's own objects lie in it too.
   shared -= 4096;
-  device = {major >= 9, size_t(shared), 1};
-  if (error == cudaSuccess) error = prepare_kernel(kKernel, shared, major >= 9);
-  for (unsigned cluster = 2; error == cudaSuccess && major >= 9 && cluster <= kMaxCluster;
+  bool clusters = false;
+  if (error == cudaSuccess && major >= 9) error = knows_clusters(kKernel, &clusters);
+  device = {clusters, size_t(shared), 1};
+  if (error == cudaSuccess) error = prepare_kernel(kKernel, shared, clusters);
+  for (unsigned cluster = 2; error == cudaSuccess && clusters && cluster <= kMaxCluster;
        cluster *= 2) {
     int count = 0;
     // More than 8 blocks are not for every device; a refusal is no error of ours.
@@ -78,6 +80,14 @@ cudaError_t device_of(int index, Device& device) {
     }
     if (count == 0) break;
     device.cluster = cluster;
+  }
+  // The longest rows ask for more memory than that, which so many blocks together may not have.
+  int count = 0;
+  if (error == cudaSuccess && device.cluster > 1 &&
+      (max_clusters(kKernel, kThreads, device.shared, device.cluster, &count) != cudaSuccess ||
+       count == 0)) {
+    cudaGetLastError();
+    device.shared = kChipBytes;
   }
   if (error == cudaSuccess && index < kDevices) known[index] = {device, true};
   return error;

@@ -2,6 +2,10 @@
 #include "elements.h"
 #include "loss.h"
 
+#ifdef __CUDACC__
+#include <dlfcn.h>
+#endif
+
 template <class T>
 cudaError_t launch_loss(const DlbCudaArgs&);
 template <class T>
@@ -40,9 +44,18 @@ int dlb_cuda_runtime_version() {
   return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
+// From the driver itself: cudaDriverGetVersion begins with cuInit, and then no child that is forked
+// can use a GPU.
 int dlb_cuda_driver_version() {
   int version = 0;
+#ifdef __CUDACC__
+  void* const driver = dlopen("libcuda.so.1", RTLD_LAZY);
+  if (driver == nullptr) return 0;
+  const auto get = reinterpret_cast<int (*)(int*)>(dlsym(driver, "cuDriverGetVersion"));
+  return get != nullptr && get(&version) == 0 ? version : 0;
+#else
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+#endif
 }
 
 int dlb_cuda_capability(int device) {

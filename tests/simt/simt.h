@@ -231,6 +231,12 @@ cudaError_t prepare_kernel(void (*kernel)(Args), int shared_bytes, bool large_cl
   return simt::prepare(reinterpret_cast<const void*>(kernel), shared_bytes, large_clusters);
 }
 
+template <class Args>
+cudaError_t knows_clusters(void (*)(Args), bool* knows) {
+  *knows = true;
+  return cudaSuccess;
+}
+
 // How many clusters the device holds at once: 0 if none fits.
 template <class Args>
 cudaError_t max_clusters(void (*kernel)(Args), unsigned threads, size_t shared_bytes,
