@@ -781,7 +781,8 @@ class DLBLoss(nn.Module):
         self._pair = None  # filled from the cache at the next call
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, backend={self.backend!r}"
+        lag = f"lag={self.lag}, " if self.lag > 1 else ""
+        return f"temperature={self.temperature}, alpha={self.alpha}, {lag}backend={self.backend!r}"
 
 
 def refuse_export() -> None:
