@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from dlb_fused import backends
 from dlb_fused.backends import LossArgs, LossOutputs
@@ -26,17 +26,28 @@ def compute(args: LossArgs, backend: str) -> tuple[Tensor, LossOutputs]:
     respect to the logits; of the second, `loss` and `dlogits` are autograd's."""
     if torch.compiler.is_compiling():
         return _compute_compiled(args, backend)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(
-            "dlb_loss cannot be used inside torch.func transforms (vmap, grad, jvp, ...): use "
-            "dlb_fused.reference.dlb_loss_naive there"
-        )
+    _refuse_transforms(args.logits)
     module = backends.choose(backend, args.logits)
     if not args.need_grad:
         out = module.forward(args)
         return out.loss, out
     box: list[LossOutputs] = []
     return _apply(args.logits, args, module, box), box[0]
+
+
+def _refuse_transforms(logits: Tensor) -> None:
+    """What would look at the operations of the loss, and find none."""
+    what = None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        what = "torch.func transforms (vmap, grad, jvp, ...)"
+    elif torch._C._get_tracing_state() is not None:
+        what = "torch.jit.trace"
+    elif forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+        what = "forward-mode differentiation"
+    if what is not None:
+        raise RuntimeError(
+            f"dlb_loss cannot be used inside {what}: use dlb_fused.reference.dlb_loss_naive there"
+        )
 
 
 class DLBLossFunction(Function):

@@ -346,7 +346,7 @@ def check_inplace(
         raise RuntimeError("inplace=True needs logits whose rows do not share memory")
     if last_logits is not None and share_memory(logits, last_logits):
         raise RuntimeError("inplace=True would overwrite last_logits, which share their memory")
-    if not isinstance(grad_scale, Tensor) and grad_scale == 0:
+    if (not isinstance(grad_scale, Tensor) or grad_scale.device.type == "cpu") and grad_scale == 0:
         raise ValueError("grad_scale=0 leaves no gradient that inplace=True could scale")
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from cases import Case, fp64_truth, relative_error
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import dlb_fused.loss as loss_module
 from dlb_fused import DLBLoss, backends, checks, dlb_loss, native
@@ -136,6 +137,13 @@ def test_inplace_is_refused_where_it_would_break(make: Any, message: str) -> Non
         dlb_loss(make(Z.clone().requires_grad_()), Y, P, inplace=True)
 
 
+@pytest.mark.parametrize("scale", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
+def test_inplace_refuses_a_scale_of_0(scale: Any) -> None:
+    logits = Z.clone().requires_grad_() * 1
+    with pytest.raises(ValueError, match="grad_scale=0 leaves no gradient"):
+        dlb_loss(logits, Y, P, inplace=True, grad_scale=scale)
+
+
 def test_inplace_does_not_overwrite_the_teacher() -> None:
     logits = Z.clone().requires_grad_() * 1
     with pytest.raises(RuntimeError, match="would overwrite last_logits, which share their memory"):
@@ -211,6 +219,19 @@ def test_settings_changed_before_backward_are_found(name: str) -> None:
 def test_functional_transforms_are_refused_in_words() -> None:
     with pytest.raises(RuntimeError, match="cannot be used inside torch"):
         torch.func.vmap(lambda z: dlb_loss(z, Y, P))(torch.randn(2, 4, 3))
+
+
+def test_a_trace_is_refused_in_words() -> None:
+    for z in (Z, Z.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match=re.escape("inside torch.jit.trace")):
+            torch.jit.trace(lambda z: dlb_loss(z, Y, P), (z,), check_trace=False)
+
+
+def test_a_tangent_is_not_lost() -> None:
+    with forward_ad.dual_level():
+        dlb_loss(Z, Y, P)  # no tangent here
+        with pytest.raises(RuntimeError, match="inside forward-mode differentiation"):
+            dlb_loss(forward_ad.make_dual(Z, torch.ones_like(Z)), Y, P)
 
 
 def test_a_count_that_is_nan_shows(backend_device: tuple[str, str]) -> None:
