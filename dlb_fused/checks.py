@@ -21,14 +21,31 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEFAULTS = LossArgs(None, None)  # type: ignore[arg-type]
 
 
-def plain_args(*call: Any) -> LossArgs | None:
-    """What a backend gets for (logits, labels, last_logits, ignore_index, label_smoothing,
-    temperature, alpha), if all checks would pass and convert nothing; else, or where that is not
+def plain_args(
+    logits: Any,
+    labels: Any,
+    last_logits: Any,
+    ignore_index: Any,
+    label_smoothing: Any,
+    temperature: Any,
+    alpha: Any,
+) -> LossArgs | None:
+    """What a backend gets, if all checks would pass and convert nothing; else, or where that is not
     known, None."""
     if torch.compiler.is_compiling():
         return None
-    args: LossArgs | None = (_compiled or _find_compiled()).plain_args(
-        _DEFAULTS, torch.is_grad_enabled(), *call
+    find: Any = (_compiled or _find_compiled()).plain_args
+    grad = torch.is_grad_enabled()
+    args: LossArgs | None = find(
+        _DEFAULTS,
+        grad,
+        logits,
+        labels,
+        last_logits,
+        ignore_index,
+        label_smoothing,
+        temperature,
+        alpha,
     )
     return args
 
