@@ -49,7 +49,7 @@ def _what_to_do() -> str:
     if (source / "setup.py").exists():
         return (
             f"{source} holds the source, which hides the installed package: start Python in "
-            "another folder, or install it here by `pip install -e .`"
+            "another folder, or install it here by `pip install -e .`, with a C++ compiler"
         )
     return "install a C++ compiler and then dlb_fused again"
 

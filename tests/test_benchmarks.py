@@ -325,16 +325,18 @@ class Plant:
 @pytest.mark.parametrize(
     ("loaded", "name"),
     [
-        ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", "tcmalloc"),
-        ("/opt/lib/libjemalloc.so.2", "jemalloc"),
-        ("/lib/libc.so.6", None),
+        ("libtcmalloc_minimal.so.4", "tcmalloc"),
+        ("libjemalloc.so.2", "jemalloc"),
+        ("libc.so.6", None),
     ],
 )
 def test_a_preloaded_malloc_is_named(
     loaded: str, name: str | None, report: ModuleType, tmp_path: Path
 ) -> None:
     maps = tmp_path / "maps"
-    maps.write_text(f"7f00-7f01 r-xp 0 00:00 0 [heap]\n7f02-7f03 r-xp 0 fe:00 12  {loaded}\n")
+    maps.write_text(
+        f"7f00-7f01 r-xp 0 00:00 0 [heap]\n7f02-7f03 r-xp 0 fe:00 12  {tmp_path}/{loaded}\n"
+    )
     assert report.malloc(maps) == name
     assert report.malloc(tmp_path / "none") is None
 
